@@ -1,0 +1,503 @@
+"""What comes from outside and what goes back: images, latents and weights on disk, processes, errors.
+
+Shapes, ImageFolder   dataset[i] -> (uint8 (3, S, S), label, bad): labelled images; bad is i if its file was unreadable
+loader                batches of this process's rows of each global batch, from any step on
+LatentCache           the whole data set as posterior moments, in one memory-mapped file
+load_checkpoint, save_checkpoint, write_image, Processes, command_line
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and processes
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, without a traceback, with exit code 2."""
+
+
+def command_line(main: Callable[[list[str]], None]) -> None:
+    """Run main(arguments); a UserError becomes one line on stderr (from rank 0) and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError, and names the nearest flag for an unknown one."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            raise UserError(
+                f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
+            )
+        return known
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+@contextmanager
+def as_user_error(subject: str = ""):
+    """Turn the ValueError of a component that was given the user's values into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{subject}{error}") from error
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those of torchrun. One process needs no environment at all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @staticmethod
+    def start() -> "Processes":
+        """Join torchrun's process group if there is one: nccl with CUDA, gloo without."""
+        cuda = torch.cuda.is_available()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" not in os.environ:
+            return Processes(0, 1, device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This process's part of range(count): contiguous, sizes differing by at most one."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1], clipped -> uint8 [0, 255], rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The ADM crop: halve with a box filter while twice too large, resize the short side (bicubic), crop the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Any file that Pillow reads, as upright 8-bit RGB. Raises OSError when it cannot be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class ImageFolder(Dataset):
+    """Images of a folder: one sub-folder per class (sorted by name), or flat and without classes.
+
+    item: uint8 (3, size, size), label (0 in a flat folder, where num_classes is 0), and -1, or the item's own index if its file
+    could not be read and the next readable one stands in for it. Raises UserError for a folder without images.
+    """
+
+    def __init__(self, root: str | Path, size: int):
+        self.root, self.size = Path(root), size
+        if not self.root.is_dir():
+            raise UserError(f"data folder {root} does not exist or is not a folder")
+        self.classes = sorted(
+            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        found = [(name, path) for name in self.classes for path in list_images(self.root / name, deep=True)]
+        loose = list_images(self.root, deep=False)
+        if found and loose:
+            raise UserError(f"data folder {root} has class folders and loose images such as {loose[0]}; keep one kind")
+        if not found and not loose:
+            raise UserError(f"data folder {root} has no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        used = {name for name, _ in found}
+        self.classes = [name for name in self.classes if name in used]
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.paths = [path for _, path in found] or loose
+        self.labels = [number[name] for name, _ in found] or [0] * len(loose)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        for shift in range(len(self)):
+            i = (index + shift) % len(self)
+            try:
+                image = read_image(self.paths[i])
+                return image_tensor(center_crop(image, self.size)), self.labels[i], -1 if shift == 0 else index
+            except OSError:
+                continue
+        raise UserError(f"no image of {self.root} can be read")
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
+def list_images(folder: Path, deep: bool) -> list[str]:
+    """Paths of image files by suffix, sorted; with `deep` also in folders below."""
+    walk = os.walk(folder, followlinks=True) if deep else [next(os.walk(folder))]
+    return sorted(os.path.join(at, name) for at, _, names in walk for name in names if is_image_name(name))
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def polygon(corners: int, radii: tuple[float, ...] = (1.0,), start: float = -math.pi / 2) -> np.ndarray:
+    """(corners, 2) points around the origin, with the radii in turn."""
+    angles = start + 2 * math.pi * np.arange(corners) / corners
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.resize(radii, corners)[:, None]
+
+
+def heart() -> np.ndarray:
+    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y], axis=1) / 16.5
+
+
+DISC, NO_HOLE = polygon(48), np.zeros((0, 2))
+PLUS = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
+ARROW = [(0, -1), (0.9, 0), (0.35, 0), (0.35, 1), (-0.35, 1), (-0.35, 0), (-0.9, 0)]
+SHAPES = {  # name: outline and hole, in units of the radius, y down
+    "circle": (DISC, NO_HOLE),
+    "square": (1.1 * polygon(4, start=math.pi / 4), NO_HOLE),
+    "triangle": (1.1 * polygon(3), NO_HOLE),
+    "star": (polygon(10, (1.15, 0.5)), NO_HOLE),
+    "plus": (np.array(PLUS) / 3, NO_HOLE),
+    "ring": (DISC, 0.5 * DISC),
+    "heart": (heart(), NO_HOLE),
+    "moon": (DISC, 0.8 * DISC + [0.5, 0]),
+    "arrow": (np.array(ARROW), NO_HOLE),
+    "hourglass": (np.array([(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1)]), NO_HOLE),
+}
+
+
+class Shapes(Dataset):
+    """Procedural labelled images: one bright shape of random colour, size, angle and place on a dark smooth background.
+
+    item: uint8 (3, size, size), label in 0..9, -1. Item i is the same on every machine; `draw` also gives its mask.
+    """
+
+    classes = list(SHAPES)
+
+    def __init__(self, size: int, length: int = 6_000):
+        self.size, self.length = size, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image, label, _ = self.draw(index)
+        return image, label, -1
+
+    def name(self, index: int) -> str:
+        return f"shape {index}"
+
+    def draw(self, index: int) -> tuple[Tensor, int, Tensor]:
+        """-> image uint8 (3, size, size), label, foreground bool (size, size)."""
+        rng = np.random.default_rng(index)
+        label = int(rng.integers(len(SHAPES)))
+        radius, angle, hue = rng.uniform(0.26, 0.36), rng.uniform(-0.3, 0.3), rng.uniform(0, 1)
+        center = 0.5 + rng.uniform(-1, 1, 2) * (0.46 - radius)
+        cover = draw_shape(SHAPES[self.classes[label]], radius, angle, center, self.size)[..., None]
+        color = 0.35 + 0.65 * (0.5 + 0.5 * np.cos(2 * math.pi * (hue + np.array([0, 1 / 3, 2 / 3]))))
+        ends, direction = rng.uniform(0, 0.35, (2, 3)), rng.uniform(0, 2 * math.pi)
+        ticks = (np.arange(self.size) + 0.5) / self.size - 0.5
+        ramp = 0.5 + (math.cos(direction) * ticks + math.sin(direction) * ticks[:, None]) / math.sqrt(2)
+        background = ends[0] + (ends[1] - ends[0]) * ramp[..., None]
+        pixels = background + cover * (color - background)
+        image = torch.from_numpy(np.rint(255 * pixels).astype(np.uint8)).permute(2, 0, 1)
+        return image, label, torch.from_numpy(cover[..., 0] > 0.5)
+
+
+def draw_shape(
+    shape: tuple[np.ndarray, np.ndarray], radius: float, angle: float, center: np.ndarray, size: int
+) -> np.ndarray:
+    """Coverage of each pixel by the shape in [0, 1], float32 (size, size), antialiased by 4 x 4 samples."""
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    canvas = Image.new("L", (4 * size, 4 * size))
+    pen = ImageDraw.Draw(canvas)
+    for points, ink in zip(shape, (255, 0)):
+        if len(points):
+            pen.polygon([tuple(p) for p in (radius * points @ rotation + center) * 4 * size], fill=ink)
+    return np.asarray(canvas.reduce(4), np.float32) / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items to train on, and items held out: evenly spaced, at most a tenth; with under 10 images, all serve as both."""
+    held_out = min(held_out, count // 10)
+    if held_out == 0:
+        return np.arange(count), np.arange(count)
+    held = np.linspace(0, count - 1, held_out).round().astype(int)
+    return np.setdiff1d(np.arange(count), held), held
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def batch_indices(count: int, batch: int, seed: int, step: int, rows: slice) -> list[int]:
+    """The items that `rows` of global batch `step` hold: a new permutation per epoch, no item lost between epochs."""
+    positions = np.arange(step * batch, (step + 1) * batch)[rows]
+    return [int(epoch_order(count, seed, int(p // count))[p % count]) for p in positions]
+
+
+class BatchSampler(Sampler):
+    """Endless lists of items for this process, from `step` on."""
+
+    def __init__(self, items: np.ndarray, batch: int, seed: int, step: int, rows: slice):
+        self.items, self.batch, self.seed, self.step, self.rows = items, batch, seed, step, rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.step
+        while True:
+            yield [int(self.items[i]) for i in batch_indices(len(self.items), self.batch, self.seed, step, self.rows)]
+            step += 1
+
+
+def loader(dataset: Dataset, sampler: Sampler | list[list[int]], workers: int) -> DataLoader:
+    """A DataLoader over lists of items: (uint8 (b, 3, S, S), labels (b,), bad (b,))."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
+class BadFiles:
+    """The unreadable files of a data set: each is named once, and too many stop the run."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.seen = dataset, set()
+
+    def note(self, bad: Tensor) -> None:
+        """Name the new ones of a batch's `bad` column."""
+        for index in set(bad.tolist()) - {-1} - self.seen:
+            self.seen.add(index)
+            print(f"warning: skipped {self.dataset.name(index)}: not a readable image", file=sys.stderr)
+
+    def check(self, processes: Processes) -> int:
+        """How many files all processes have found so far; UserError above 1 %. All processes must ask together."""
+        found = [self.seen] * processes.world
+        if processes.world > 1:
+            dist.all_gather_object(found, self.seen)
+        every = sorted(set().union(*found))
+        if len(every) > 0.01 * len(self.dataset):
+            raise UserError(
+                f"{len(every)} of {len(self.dataset)} images cannot be read, more than 1 %; mend or remove them, "
+                f"such as {self.dataset.name(every[0])}"
+            )
+        return len(every)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """Gives a temporary path beside `path`, which is renamed to `path` at the end, or removed if anything goes wrong."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "the previous one is kept" if path.exists() else "nothing was written"
+        raise UserError(f"cannot write {path} ({reason}); {kept}, make room and run the same command again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(content: dict, path: str | Path) -> None:
+    """torch.save, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A dict of tensors and plain values, on the CPU. Pickled code is refused; every failure is a UserError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        pickled = "weights_only" in str(error) or "Unsupported" in str(error)
+        reason = (
+            "it holds pickled code, which is never run"
+            if pickled
+            else f"truncated or not a PyTorch file ({first[:120]})"
+        )
+        raise UserError(f"{path} cannot be loaded: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
+
+def write_text(text: str, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_image(rows: Tensor, path: str | Path, min_side: int = 64) -> None:
+    """uint8 (rows, columns, 3, S, S) -> a PNG grid; images under min_side px are enlarged by a whole factor."""
+    height, width, _, side, _ = rows.shape
+    zoom = max(1, round(min_side / side))
+    pixels = rows.permute(0, 3, 1, 4, 2).reshape(height * side, width * side, 3)
+    image = Image.fromarray(pixels.cpu().numpy())
+    with replacing(path) as temporary:
+        image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(temporary, format="PNG")
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of a state dict, hexadecimal."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class LatentCache(Dataset):
+    """The data set as posterior moments: one file, a JSON header of HEADER bytes, then one record per image.
+
+    record: mean and std, float16 (2, L, C) for the image and its mirror image, and the label. Opened memory-mapped, so the
+    file may be larger than memory. The header holds the tokenizer's hash (`stamp`), latent_mean and latent_std (C,).
+    """
+
+    HEADER = 1 << 16
+
+    def __init__(self, path: str | Path, stamp: str):
+        try:
+            with open(path, "rb") as file:
+                self.header = json.loads(file.read(self.HEADER))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; run the stage latents first") from None
+        except ValueError:
+            raise UserError(f"{path} is not a latent cache; delete it and run the stage latents") from None
+        if self.header["stamp"] != stamp:
+            raise UserError(
+                f"latent cache {path} is of another tokenizer or other data; delete it and run the stage latents"
+            )
+        record = self.record(*self.header["shape"])
+        if os.path.getsize(path) != self.HEADER + self.header["count"] * record.itemsize:
+            raise UserError(f"latent cache {path} is truncated; delete it and run the stage latents")
+        self.rows = np.memmap(path, record, mode="r", offset=self.HEADER, shape=(self.header["count"],))
+
+    @staticmethod
+    def record(tokens: int, channels: int) -> np.dtype:
+        moments = (2, tokens, channels)
+        return np.dtype([("mean", "<f2", moments), ("std", "<f2", moments), ("label", "<i4")])
+
+    @classmethod
+    def write(cls, path: str | Path, first: int, mean: Tensor, std: Tensor, labels: Tensor) -> None:
+        """Put records of moments (b, 2, L, C) and labels (b,) at row `first` of a file made by `seal`."""
+        rows = np.empty(len(labels), cls.record(*mean.shape[2:]))
+        rows["mean"], rows["std"], rows["label"] = mean.cpu().numpy(), std.cpu().numpy(), labels.numpy()
+        with open(path, "r+b") as file:
+            file.seek(cls.HEADER + first * rows.itemsize)
+            file.write(rows.tobytes())
+
+    @classmethod
+    def seal(cls, path: str | Path, header: dict) -> None:
+        """Write the header: {stamp, count, shape, latent_mean, latent_std}; makes the file where there is none."""
+        with open(path, "r+b" if os.path.exists(path) else "wb") as file:
+            file.write(json.dumps(header).encode().ljust(cls.HEADER))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """-> mean, std float32 (b, 2, L, C), labels int64 (b,)."""
+        rows = self.rows[indices]
+        columns = (rows["mean"].astype(np.float32), rows["std"].astype(np.float32), rows["label"].astype(np.int64))
+        return tuple(torch.from_numpy(column) for column in columns)

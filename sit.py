@@ -1,0 +1,249 @@
+"""SiT: a flow-matching transformer on 1D latents, its loss and its samplers (paper section 4.1 and B.2).
+
+Time has one direction here: t = 0 is data, t = 1 is noise.
+
+    x_t = (1 - t) x + t noise        (path "linear")
+    v   = d x_t / d t = noise - x    what the network predicts
+    sampling integrates v from t = 1 down to t = 0
+
+Shapes: x (B, L, C) normalised latents, t (B,) in [0, 1], y (B,) int64 class labels in [0, num_classes].
+The label num_classes is the null label: "no class", used for classifier-free guidance and for data without classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenizer import Attention, Mlp, init_linear, sincos_1d
+
+# (width, depth, heads). Parameters: S 33M, B 130M, L 458M, XL 675M (paper: XL).
+SIZES = {
+    "toy": (192, 6, 6),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+def timestep_sinusoid(t: Tensor, dim: int = 256) -> Tensor:
+    """t (B,) in [0, 1] -> (B, dim): cos(t w_i) then sin(t w_i), w_i = 10000^(-i / (dim / 2))."""
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    )
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) -> (B, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoid(t))
+
+
+class LabelEmbedder(nn.Module):
+    """y (B,) -> (B, D); the last row of the table is the null label."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B, L, D) with shift, scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class SiTBlock(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width, width, gelu="tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """(B, L, D) -> (B, L, C)."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(nn.Module):
+    """Velocity v(x, t, y). Parameter names are those of the released 1D SiT files (see `official_state`).
+
+    tokens = L, channels = C, num_classes >= 0 (0: unconditional, every label is the null label 0).
+    """
+
+    def __init__(self, tokens: int, channels: int, num_classes: int, size: str = "XL"):
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"sit size is {size!r}; it must be one of {', '.join(SIZES)}")
+        width, depth, heads = SIZES[size]
+        self.num_classes = num_classes
+        self.x_embedder = nn.Linear(channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.pos_embed = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(width, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(width, channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """DiT's start: every block is the identity, the output is zero."""
+        self.apply(init_linear)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, C), t (B,), y (B,) -> velocity (B, L, C)."""
+        x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)
+
+
+def official_state(checkpoint: dict) -> dict[str, Tensor]:
+    """The SiT weights of a released file: flat, or under "ema" or "model", with or without wrapper prefixes."""
+    state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def interpolant(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha, sigma and their time derivatives at t, for x_t = alpha x + sigma noise. path: "linear" (paper) or "cosine"."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    half_pi = math.pi / 2
+    alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
+    return alpha, sigma, -half_pi * sigma, half_pi * alpha
+
+
+def drop_labels(y: Tensor, null_label: int, uniform: Tensor, probability: float = 0.1) -> Tensor:
+    """y (B,) -> y with the null label where uniform (B,) < probability, so that guidance has an unconditional model."""
+    return torch.where(uniform < probability, null_label, y)
+
+
+def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, path: str = "linear") -> Tensor:
+    """Mean over tokens and channels of |model(x_t, t, y) - v|^2, per sample: (B,), float32 or better."""
+    alpha, sigma, alpha_dot, sigma_dot = interpolant(t[:, None, None], path)
+    x_t = alpha * x + sigma * noise
+    v = alpha_dot * x + sigma_dot * noise
+    return (model(x_t, t, y).to(v.dtype) - v).square().mean(dim=(1, 2))
+
+
+def score(x: Tensor, v: Tensor, t: Tensor, path: str = "linear") -> Tensor:
+    """grad log p_t(x) from the velocity: (alpha / alpha_dot v - x) / (sigma^2 - alpha / alpha_dot sigma_dot sigma)."""
+    alpha, sigma, alpha_dot, sigma_dot = interpolant(t, path)
+    ratio = alpha / alpha_dot
+    return (ratio * v - x) / (sigma**2 - ratio * sigma_dot * sigma)
+
+
+def seeded_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
+    """Endless N(0, 1) batches (len(indices), *shape), float32. Row i depends only on (seed, indices[i])."""
+    generators = [np.random.default_rng((seed, index)) for index in indices]
+    while True:
+        rows = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
+        yield torch.from_numpy(rows).to(device)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noise: Iterator[Tensor],
+    y: Tensor,
+    null_label: int,
+    solver: str = "sde",
+    steps: int = 250,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 0.7),
+    path: str = "linear",
+) -> Tensor:
+    """Integrate from noise to data -> (B, L, C), float64.
+
+    model     velocity v(x, t, y); called with the dtype of the noise, while the state is kept in float64
+    noise     first item: x at t = 1, (B, L, C); the SDE takes one more item per step but the last
+    solver    "euler" or "heun" (ODE), "sde" (Euler-Maruyama with diffusion 2t, last step 0.04 -> 0 without noise)
+    guidance  w in v = v_null + w (v_y - v_null), applied when w > 1 and interval[0] <= t <= interval[1]; elsewhere
+              only v_y is computed. Heun's second evaluation is guided when its first one is.
+    Paper B.2: sde, 250 steps, w = 2.3 (128 tokens) or 2.4 (64), interval [0, 0.7].
+    """
+    check_sampler(solver, steps, guidance, interval)
+    start = next(noise)
+    x, dtype = start.double(), start.dtype
+    null = torch.full_like(y, null_label)
+
+    def velocity(x: Tensor, t: Tensor, guided: bool) -> Tensor:
+        x, t = x.to(dtype), t.to(dtype).expand(len(x))
+        if not guided:
+            return model(x, t, y).double()
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).double()
+        v_y, v_null = both.chunk(2)
+        return v_null + guidance * (v_y - v_null)
+
+    for i, (t, t_next) in enumerate(zip(*time_steps(solver, steps))):
+        guided = guidance > 1 and interval[0] <= t <= interval[1]
+        t, t_next = t.to(x.device), t_next.to(x.device)
+        dt = t_next - t
+        v = velocity(x, t, guided)
+        if solver == "sde":
+            x = x + (v - t * score(x, v, t, path)) * dt
+            if i + 1 < steps:
+                x = x + torch.sqrt(2 * t * -dt) * next(noise).double()
+        elif solver == "heun" and i + 1 < steps:
+            x = x + (v + velocity(x + v * dt, t_next, guided)) / 2 * dt
+        else:
+            x = x + v * dt
+    return x
+
+
+def time_steps(solver: str, steps: int) -> tuple[Tensor, Tensor]:
+    """The start and the end of each step, float64 (steps,): 1 -> 0, for the SDE 1 -> 0.04 and then 0."""
+    if solver == "sde":
+        grid = torch.cat([torch.linspace(1, 0.04, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    else:
+        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return grid[:-1], grid[1:]
+
+
+def check_sampler(solver: str, steps: int, guidance: float, interval: tuple[float, float]) -> None:
+    """Raises ValueError, naming the value, when `sample` cannot be called so."""
+    if solver not in ("euler", "heun", "sde"):
+        raise ValueError(f"solver is {solver!r}; it must be euler, heun or sde")
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps; at least 1 is needed")
+    if not math.isfinite(guidance) or guidance < 0:
+        raise ValueError(f"guidance is {guidance}; it must be a finite number of at least 0 (1 = no guidance)")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance interval [{interval[0]}, {interval[1]}] must lie in [0, 1], the lower end first")

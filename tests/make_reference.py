@@ -1,0 +1,55 @@
+"""Make tests/reference.npz from the public-implementation outputs in a folder of golden files (kept outside the repository).
+
+    python tests/make_reference.py GOLDEN_FOLDER
+
+The golden files hold outputs of DINOv2 (facebookresearch), timm, MAETok's SiT, REPA's samplers, scikit-image and pytorch-fid on
+deterministic weights (tests/reference.py, `fill`). Only small parts are kept: one image per case, a stride over patch tokens.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def first_image(x: np.ndarray) -> np.ndarray:
+    """Normalised (n, 3, H, W) -> the first image as the uint8 (3, H, W) that it was made from."""
+    pixels = (x[0].transpose(1, 2, 0) * STD + MEAN) * 255
+    assert np.abs(pixels - np.rint(pixels)).max() < 1e-3
+    return np.rint(pixels).astype(np.uint8).transpose(2, 0, 1)
+
+
+def main(golden: Path) -> None:
+    out = {}
+    for name in ("dinov2_vits14", "dinov2_vits14_nonsquare", "dinov2_vits14_reg4_nonsquare", "dinov2_vits14_patch16"):
+        arrays = np.load(golden / f"{name}.npz")
+        out[f"{name}/image"] = first_image(arrays["x"])
+        out[f"{name}/cls"] = arrays["x_norm_clstoken"][:1]
+        out[f"{name}/patches"] = arrays["x_norm_patchtokens"][:1, ::8]
+        out[f"{name}/positions"] = arrays["pos_embed_interp_ch0to7"].reshape(-1, 8)
+        if "x_norm_regtokens" in arrays:
+            out[f"{name}/registers"] = arrays["x_norm_regtokens"][:1]
+        if "patch_kernel_every16th" in arrays:
+            out[f"{name}/kernel"] = arrays["patch_kernel_every16th"]
+    for name in ("sit1d_small", "sit_loss"):
+        out |= {f"{name}/{key}": value for key, value in np.load(golden / f"{name}.npz").items()}
+    sampler = np.load(golden / "sampler.npz")
+    out |= {f"sampler/{key}": value for key, value in sampler.items() if not key.endswith("float32")}
+    out["sampler/cases"] = np.array((golden / "sampler_cases.json").read_text())
+    quality = np.load(golden / "psnr_ssim.npz")
+    out |= {f"psnr_ssim/{key}": quality[key][:2] for key in ("a", "b", "psnr_u8", "ssim_gauss_u8")}
+    fid = np.load(golden / "metrics_fid.npz")
+    keys = ("mu_a", "sigma_a", "mu_b", "sigma_b", "small_a", "small_b")
+    keys += ("fid_float64_eigh", "fid_small_float64_eigh", "fid_pytorchfid", "fid_small_pytorchfid")
+    out |= {f"metrics_fid/{key}": fid[key] for key in keys}
+    for name in ("dinov2_vits14_pretrain", "dinov2_vits14_reg4_pretrain", "sit1d_small", "maetok_sit-xl-1_c32_l128"):
+        contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
+        out[f"contract/{name}"] = np.array(json.dumps(contract))
+    np.savez_compressed(Path(__file__).with_name("reference.npz"), **out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

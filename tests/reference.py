@@ -1,0 +1,88 @@
+"""What the tests share: reference arrays of public implementations, deterministic weights, tiny data, the command lines."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+ARRAYS = np.load(Path(__file__).with_name("reference.npz"))  # see make_reference.py
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def array(name: str) -> torch.Tensor:
+    return torch.from_numpy(ARRAYS[name])
+
+
+def contract(name: str) -> dict[str, list[int]]:
+    """Key -> shape of an official weight file."""
+    return json.loads(str(ARRAYS[f"contract/{name}"]))
+
+
+def fill(key: str, shape: list[int]) -> torch.Tensor:
+    """The weights that the reference outputs were computed with: normal numbers seeded by the key's CRC-32, scaled by kind."""
+    normal = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+    last = key.rsplit(".", 1)[-1]
+    if last in ("pos_embed", "cls_token", "mask_token", "register_tokens"):
+        values = 0.02 * normal
+    elif normal.ndim >= 2:
+        values = normal * np.sqrt((2 if normal.ndim == 4 else 1) / np.prod(shape[1:]))
+    else:
+        values = 0.1 * normal + (1 if last in ("weight", "gamma") else 0)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def filled(name: str) -> dict[str, torch.Tensor]:
+    """A state dict of the official format with deterministic contents."""
+    return {key: fill(key, shape) for key, shape in contract(name).items()}
+
+
+def imagenet_normalised(name: str) -> torch.Tensor:
+    """The stored image of a DINOv2 case as the network's input (1, 3, H, W)."""
+    pixels = ARRAYS[name].astype(np.float64) / 255
+    return torch.from_numpy((pixels - MEAN[:, None, None]) / STD[:, None, None]).float()[None]
+
+
+def make_folder(root: Path, classes: int, per_class: int, size: int = 20) -> Path:
+    """Small PNGs of smooth random colours; classes = 0 makes a flat folder."""
+    for label in range(max(1, classes)):
+        folder = root / f"class{label}" if classes else root
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            rng = np.random.default_rng((label, i))
+            pixels = rng.integers(0, 256, (3, 3, 3)).astype(np.uint8)
+            Image.fromarray(pixels).resize((size, size + 2), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return root
+
+
+# A run that takes seconds: 16-px images, N = 64, L = 4.
+TINY = "--preset toy --image_size 16 --tokens 4 --channels 4 --batch_size 8 --sit_batch_size 8 --eval_images 8 --sample_steps 4"
+TINY_STEPS = "--tokenizer_steps 20 --decoder_steps 20 --sit_steps 20 --log_every 10 --save_every 10"
+
+
+def command(script: str, *words: str, processes: int = 1) -> list[str]:
+    """argv of a script of the project, under torchrun when processes > 1."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), *(word for text in words for word in str(text).split())]
+
+
+def call(script: str, *words: str, processes: int = 1, **settings) -> subprocess.CompletedProcess:
+    """Run a script of the project to its end, on one thread per process."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command(script, *words, processes=processes), capture_output=True, text=True, env=env, **settings
+    )
+
+
+def succeed(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
+    done = call(script, *words, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done

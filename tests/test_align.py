@@ -1,0 +1,94 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import array, filled, imagenet_normalised
+from scipy.stats import rankdata
+
+from align import HOG, Alignment, DINOv2
+from data import Shapes, to_float
+from tokenizer import Mlp
+
+
+@pytest.mark.parametrize("case", ["dinov2_vits14", "dinov2_vits14_nonsquare", "dinov2_vits14_reg4_nonsquare"])
+def test_dinov2_equals_the_official_implementation(case):
+    weights = "dinov2_vits14_reg4_pretrain" if "reg4" in case else "dinov2_vits14_pretrain"
+    model = DINOv2.from_state(filled(weights), grid=16)
+    x = imagenet_normalised(f"{case}/image")
+    cls, registers, patches = model.features(x)
+    torch.testing.assert_close(cls, array(f"{case}/cls"), atol=1e-4, rtol=0)
+    torch.testing.assert_close(patches[:, ::8], array(f"{case}/patches"), atol=1e-4, rtol=0)
+    positions = model.positions(x.shape[-2] // 14, x.shape[-1] // 14)
+    torch.testing.assert_close(positions[0, :, :8], array(f"{case}/positions"), atol=1e-6, rtol=0)
+    if "reg4" in case:
+        torch.testing.assert_close(registers, array(f"{case}/registers"), atol=1e-4, rtol=0)
+
+
+def test_dinov2_teacher_converts_images_to_its_grid():
+    """forward = features of the image resized to 14 * grid and normalised; here the size already fits."""
+    model = DINOv2.from_state(filled("dinov2_vits14_pretrain"), grid=16)
+    images = array("dinov2_vits14/image")[None].float() / 127.5 - 1
+    cls, patches = model(images)
+    torch.testing.assert_close(cls, array("dinov2_vits14/cls"), atol=1e-4, rtol=0)
+    assert patches.shape == (1, 256, 384)
+    assert model(F.interpolate(images, size=64))[1].shape == (1, 256, 384)
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_teachers_refuse_other_ranges():
+    with pytest.raises(RuntimeError, match="images must lie in"):
+        HOG(4)(torch.full((1, 3, 16, 16), 255.0))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("blocks.7.mlp.fc1.weight", None), ("head.weight", torch.zeros(2)), ("cls_token", None)]
+)
+def test_a_wrong_dinov2_file_is_refused_by_name(key, value):
+    state = filled("dinov2_vits14_pretrain")
+    state.pop(key) if value is None else state.update({key: value})
+    with pytest.raises(ValueError, match=key):
+        DINOv2.from_state(state, grid=16)
+
+
+def test_hog_cls_finds_the_object():
+    """Area under the ROC curve of cos(cls, patch) for "the patch is on the object", on the built-in shapes."""
+    shapes, areas = Shapes(32), []
+    for index in range(60):
+        image, _, foreground = shapes.draw(index)
+        cls, patches = HOG(8)(to_float(image)[None])
+        on = F.avg_pool2d(foreground.float()[None], 4).flatten() > 0.5
+        rank = rankdata(F.cosine_similarity(cls[:, None], patches, dim=-1)[0])[on.numpy()]
+        areas.append((rank.sum() - len(rank) * (len(rank) + 1) / 2) / (len(rank) * (64 - len(rank))))
+    assert sum(areas) / len(areas) > 0.95
+
+
+def test_hog_bins_follow_the_gradient():
+    """A horizontal ramp has gradient angle 0, a vertical one a right angle: bins 0 and BINS / 2."""
+    ramp = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16) * torch.linspace(0.5, 1, 16)[:, None].square()
+    across, down = (HOG(4)(x)[1].abs().mean((0, 1))[: HOG.BINS] for x in (ramp, ramp.transpose(2, 3)))
+    assert across.argmax() == 0 and down.argmax() == HOG.BINS // 2
+
+
+def test_alignment_equals_the_equations_written_out():
+    torch.manual_seed(0)
+    module, z = Alignment(4, 16, 6), torch.randn(2, 3, 4)
+    cls, patches = torch.randn(2, 6), torch.randn(2, 12, 6)
+    local, global_ = module(z, cls, patches)
+    repeated = torch.stack([z[:, n // 4] for n in range(12)], dim=1)  # eq. 3: each latent N / L = 4 times
+    cosine = F.cosine_similarity(module.local_mlp(repeated), patches, dim=-1)
+    torch.testing.assert_close(local, 1 - cosine.mean())
+    torch.testing.assert_close(global_, 1 - F.cosine_similarity(module.global_mlp(z.mean(1)), cls, dim=-1).mean())
+    assert isinstance(module.local_mlp, Mlp) and 0 <= local <= 2
+
+
+def test_alignment_can_be_learned_to_zero():
+    torch.manual_seed(0)
+    module = Alignment(4, 64, 6)
+    z = torch.randn(4, 3, 4, requires_grad=True)
+    cls, patches = torch.randn(4, 6), torch.randn(4, 3, 6)
+    optimizer = torch.optim.Adam([z, *module.parameters()], lr=1e-2)
+    for _ in range(300):
+        loss = sum(module(z, cls, patches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1

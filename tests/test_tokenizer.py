@@ -1,0 +1,122 @@
+import pytest
+import torch
+from reference import array, filled, imagenet_normalised
+
+import tokenizer as tk
+
+
+def toy(**changes) -> tk.Tokenizer:
+    torch.manual_seed(0)
+    return tk.Tokenizer(**{"image_size": 16, "patch_size": 4, "tokens": 4, "channels": 3, "size": "toy"} | changes)
+
+
+@pytest.mark.parametrize("size, millions", [("S", 45), ("B", 176), ("BL", 391)])
+def test_sizes_are_the_papers_within_4_percent(size, millions):
+    with torch.device("meta"):
+        model = tk.Tokenizer(256, 16, 128, 32, size)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
+
+
+def test_shapes_and_gradients_reach_every_parameter():
+    model = toy().train()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    reconstruction, posterior, z = model(images, torch.eye(16, dtype=torch.bool)[:2])
+    assert reconstruction.shape == images.shape and z.shape == posterior.mean.shape == (2, 4, 3)
+    (reconstruction.square().mean() + posterior.kl().mean()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_mask_hides_pixels_in_training_and_nothing_in_eval():
+    model, images = toy(), torch.rand(1, 3, 16, 16) * 2 - 1
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True  # row 1, column 1 of the 4 x 4 patches
+    changed = images.clone()
+    changed[:, :, 4:8, 4:8] = 0.5
+    model.train()
+    assert torch.equal(model.encode(images, mask).mean, model.encode(changed, mask).mean)
+    assert not torch.allclose(model.encode(images, mask).mean, model.encode(images).mean)
+    model.eval()
+    assert torch.equal(model.encode(images, mask).mean, model.encode(images).mean)
+
+
+def test_output_patches_lie_where_input_patches_lie():
+    """Shifting only the last layer's output of reconstruction token 5 changes row 1, column 1 of the 4 x 4 patches."""
+    model = toy().eval()
+    z = torch.randn(1, 4, 3)
+    before = model.decode(z)
+    model.decoder.to_pixels.register_forward_hook(lambda module, inputs, out: out + torch.eye(16)[5][None, :, None])
+    moved = (model.decode(z) - before)[0, 0]
+    expected = torch.zeros(16, 16)
+    expected[4:8, 4:8] = 1
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
+
+
+def test_kl_is_the_closed_form():
+    posterior = tk.Posterior(torch.randn(2, 4, 3), torch.randn(2, 4, 3))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(posterior.kl(), expected)
+
+
+def test_extreme_logvar_stays_finite():
+    model = toy()
+    torch.nn.init.constant_(model.to_moments.bias, 1e4)
+    posterior = model.encode(torch.zeros(1, 3, 16, 16))
+    assert posterior.logvar.max() == 20 and posterior.kl().isfinite().all()
+
+
+def test_bf16_autocast_keeps_moments_and_pixels_in_float32():
+    model = toy()
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruction, posterior, _ = model(torch.zeros(1, 3, 16, 16))
+    assert reconstruction.dtype == posterior.mean.dtype == posterior.kl().dtype == torch.float32
+
+
+def test_normalize_round_trip():
+    model = toy()
+    model.latent_mean.uniform_(-2, 2)
+    model.latent_std.uniform_(0.5, 2)
+    z = torch.randn(5, 4, 3)
+    torch.testing.assert_close(model.denormalize(model.normalize(z)), z)
+    torch.testing.assert_close(model.normalize(z), (z - model.latent_mean) / model.latent_std)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({"tokens": 5}, "5"), ({"patch_size": 5}, "5"), ({"size": "huge"}, "huge"), ({"channels": 0}, "0")],
+)
+def test_impossible_geometry_is_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        toy(**changes)
+
+
+def test_dinov2_initialised_encoder_equals_timm_at_patch_16():
+    """Golden: DINOv2 S/14 moved to 16-px patches at 256 px. The encoder's blocks, run as a plain ViT, give its features."""
+    name, state = "dinov2_vits14_patch16", filled("dinov2_vits14_pretrain")
+    encoder = tk.Tokenizer(256, 16, 64, 8, "S").encoder
+    tk.load_dinov2(encoder, state)
+    kernel = tk.resample_patch_kernel(state["patch_embed.proj.weight"], 16)
+    torch.testing.assert_close(kernel[::16], array(f"{name}/kernel"), atol=3e-6, rtol=0)
+    torch.testing.assert_close(encoder.pos_embed.data[0, :, :8], array(f"{name}/positions")[1:], atol=1e-6, rtol=0)
+
+    images = torch.from_numpy(array(f"{name}/image").numpy())[None].float() / 127.5 - 1
+    with torch.no_grad():
+        cls = state["cls_token"] + state["pos_embed"][:, :1]
+        x = torch.cat([cls, encoder.patch_embed(images) + encoder.pos_embed], dim=1)
+        for block in encoder.blocks:
+            x = block(x)
+        x = encoder.norm(x)
+    torch.testing.assert_close(x[:, 0], array(f"{name}/cls"), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[:, 1::8], array(f"{name}/patches"), atol=1e-4, rtol=0)
+    assert imagenet_normalised(f"{name}/image").shape == images.shape
+
+
+def test_dinov2_with_registers_initialises_too_and_a_missing_key_is_named():
+    encoder = tk.Tokenizer(64, 16, 4, 8, "S").encoder
+    tk.load_dinov2(encoder, filled("dinov2_vits14_reg4_pretrain"))
+    state = filled("dinov2_vits14_pretrain")
+    del state["blocks.3.ls1.gamma"]
+    with pytest.raises(ValueError, match=r"blocks\.3\.ls1\.gamma"):
+        tk.load_dinov2(encoder, state)
+    with pytest.raises(ValueError, match=r"384.*768"):
+        tk.load_dinov2(tk.Tokenizer(64, 16, 4, 8, "B").encoder, filled("dinov2_vits14_pretrain"))

@@ -1,0 +1,298 @@
+"""The MacTok tokenizer: image -> L continuous 1D tokens -> image (paper section 3.1).
+
+    images (B, 3, H, W) in [-1, 1]
+      -> Encoder   [N image tokens; L learnable latent tokens] -> ViT -> the L outputs -> mean, logvar
+      -> Posterior a Gaussian per latent value;  z = posterior.sample()  (B, L, C)
+      -> Decoder   [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels (B, 3, H, W)
+
+Shapes: B batch, N = (H / patch_size)^2 image patches, L latent tokens, C channels per token, D width.
+The mask is an argument (see masking.py): bool (B, N), True = hidden from the encoder.
+
+    python -c "import torch, tokenizer as t; m = t.Tokenizer(size='toy'); print(m(torch.zeros(2, 3, 32, 32))[0].shape)"
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (width, depth, heads) of the encoder and of the decoder. Parameters: S 45M, B 176M, BL 391M (paper tab. 6b).
+SIZES = {
+    "toy": ((128, 3, 4), (128, 3, 4)),
+    "S": ((384, 12, 6), (384, 12, 6)),
+    "B": ((768, 12, 12), (768, 12, 12)),
+    "BL": ((768, 12, 12), (1024, 24, 16)),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear: (..., width) -> (..., out). `gelu` is 'none' (exact, DINOv2) or 'tanh' (SiT)."""
+
+    def __init__(self, width: int, hidden: int, out: int, gelu: str = "none"):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate=gelu)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel, (..., D) -> (..., D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with DINOv2's parameter names, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width, width)
+        self.ls2 = LayerScale(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """Positions (T,) -> (T, width): sin(p w_i), cos(p w_i) interleaved, w_i = 10000^(-2i / width)."""
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = positions.double()[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+
+def sincos_2d(grid: int, width: int) -> Tensor:
+    """(grid^2, width), row-major: the first half of the channels says the row, the second half the column."""
+    ticks = torch.arange(grid)
+    rows, columns = ticks.repeat_interleave(grid), ticks.repeat(grid)
+    return torch.cat([sincos_1d(rows, width // 2), sincos_1d(columns, width // 2)], dim=1)
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian q(z | image); mean and logvar are (B, L, C), float32."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """z = mean + std * noise; noise ~ N(0, 1) of the same shape, drawn here when not given."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) in nats, (B, L): summed over channels. Paper eq. 9 is `kl().sum(1).mean()`."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(-1)
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, N, D), row-major."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W), mask (B, N) or None -> the L output tokens (B, L, D), normalised."""
+
+    def __init__(self, grid: int, patch_size: int, tokens: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.pos_embed = nn.Parameter(sincos_2d(grid, width)[None])  # 2D absolute, trained
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        # Distinct learned tokens are their own 1D positions: a position table would be the same parameter twice.
+        self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.patch_embed(images)  # (B, N, D)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        x = x + self.pos_embed
+        latents = self.latent_tokens.expand(len(x), -1, -1)
+        x = torch.cat([x, latents.to(x.dtype)], dim=1)  # (B, N + L, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, -latents.shape[1] :])
+
+
+class Decoder(nn.Module):
+    """z (B, L, C) -> images (B, 3, H, W)."""
+
+    def __init__(self, grid: int, patch_size: int, tokens: int, channels: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.grid, self.patch_size = grid, patch_size
+        self.from_latent = nn.Linear(channels, width)
+        self.latent_pos = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None])
+        # One learned token per patch; starting as 2D positions costs nothing and learns faster than 1D ones (ours).
+        self.reconstruction_tokens = nn.Parameter(sincos_2d(grid, width)[None])
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_pixels = nn.Linear(width, 3 * patch_size**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.from_latent(z) + self.latent_pos  # (B, L, D)
+        queries = self.reconstruction_tokens.expand(len(z), -1, -1)
+        x = torch.cat([queries.to(z.dtype), z], dim=1)  # (B, N + L, D)
+        for block in self.blocks:
+            x = block(x)
+        patches = self.to_pixels(self.norm(x[:, : queries.shape[1]]))  # (B, N, 3 p p)
+        return F.fold(
+            patches.float().transpose(1, 2), self.grid * self.patch_size, self.patch_size, stride=self.patch_size
+        )
+
+
+class Tokenizer(nn.Module):
+    """The KL autoencoder of paper section 3.1.
+
+    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L, channels = C, size of SIZES.
+    Raises ValueError when patch_size does not divide image_size, or L does not divide N (eq. 3 repeats N/L times).
+    """
+
+    def __init__(
+        self, image_size: int = 32, patch_size: int = 4, tokens: int = 16, channels: int = 16, size: str = "toy"
+    ):
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
+        if min(image_size, patch_size, tokens, channels) < 1 or image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} must be a multiple of patch_size {patch_size}, and both as well as "
+                f"tokens {tokens} and channels {channels} at least 1"
+            )
+        grid = image_size // patch_size
+        if grid**2 % tokens:
+            raise ValueError(
+                f"tokens {tokens} must divide the {grid**2} patches of a {image_size}-px image with patch_size {patch_size}"
+            )
+        encoder, decoder = SIZES[size]
+        self.num_patches, self.tokens, self.channels = grid**2, tokens, channels
+        self.encoder = Encoder(grid, patch_size, tokens, *encoder)
+        self.to_moments = nn.Linear(encoder[0], 2 * channels)
+        self.decoder = Decoder(grid, patch_size, tokens, channels, *decoder)
+        # Statistics of z over the training set, per channel; set once after training (train.py, stage "latents").
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+        self.apply(init_linear)
+        nn.init.constant_(self.to_moments.bias[channels:], -4.0)  # start nearly noise-free, or nothing is learned early
+
+    def encode(self, images: Tensor, mask: Tensor | None = None) -> Posterior:
+        """images (B, 3, H, W) in [-1, 1] -> Posterior of (B, L, C). The mask is used in training mode only."""
+        x = self.encoder(images, mask if self.training else None)
+        mean, logvar = self.to_moments(x).float().chunk(2, dim=-1)
+        return Posterior(mean, logvar.clamp(-30, 20))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, L, C) -> images (B, 3, H, W), float32, not clipped to [-1, 1]."""
+        return self.decoder(z)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None):
+        """-> reconstruction (B, 3, H, W), posterior, z (B, L, C)."""
+        posterior = self.encode(images, mask)
+        z = posterior.sample(noise)
+        return self.decode(z), posterior, z
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """z (B, L, C) -> zero mean and unit std per channel over the training set: what SiT sees."""
+        return (z - self.latent_mean) / self.latent_std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return x * self.latent_std + self.latent_mean
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers and the patch embedding (as a linear layer)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        nn.init.zeros_(module.bias)
+
+
+def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
+    """(D, 3, p, p) -> (D, 3, patch_size, patch_size), so that a resized patch keeps its embedding (FlexiViT eq. 4).
+
+    With R the matrix of a bicubic antialiased resize from p x p to the new size, the new kernel is kernel @ pinv(R).
+    """
+    old = kernel.shape[-1]
+    if old == patch_size:
+        return kernel
+    unit = torch.eye(old**2).view(old**2, 1, old, old)
+    resize = F.interpolate(unit, size=(patch_size, patch_size), mode="bicubic", antialias=True)
+    inverse = torch.linalg.pinv(resize.view(old**2, -1).double())  # (new^2, old^2)
+    resampled = kernel.flatten(2).double() @ inverse.T
+    return resampled.view(*kernel.shape[:2], patch_size, patch_size).float()
+
+
+def resample_positions(positions: Tensor, grid: int) -> Tensor:
+    """(1, n^2, D) -> (1, grid^2, D), bicubic and antialiased."""
+    old = math.isqrt(positions.shape[1])
+    image = positions.view(1, old, old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
+    return image.flatten(2).transpose(1, 2)
+
+
+def load_dinov2(encoder: Encoder, state: dict[str, Tensor]) -> None:
+    """Initialise an encoder from the state dict of an official DINOv2 file of the same width and depth (section 4.1).
+
+    The patch kernel is resampled 14 -> patch_size and takes [-1, 1] images instead of ImageNet-normalised ones; the
+    positions are resampled to the grid. The class token and registers are not used. Raises ValueError on a mismatch.
+    """
+    unused = {"cls_token", "register_tokens"}
+    own = encoder.state_dict()
+    expected = (set(own) - {"latent_tokens"}) | {"cls_token"}
+    if set(state) - unused != expected - unused or "cls_token" not in state:
+        differing = sorted(set(state).symmetric_difference(expected) - {"register_tokens"})
+        raise ValueError(
+            f"not a DINOv2 file for an encoder of depth {len(encoder.blocks)}: first differing key {differing[0]!r}"
+        )
+    new = {key: value.float() for key, value in state.items() if key not in unused}
+    kernel = resample_patch_kernel(new["patch_embed.proj.weight"], encoder.patch_embed.proj.kernel_size[0])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    # (x / 2 + 1 / 2 - mean) / std, folded into the first layer.
+    new["patch_embed.proj.bias"] = new["patch_embed.proj.bias"] + torch.einsum("dcpq,c->d", kernel, (0.5 - mean) / std)
+    new["patch_embed.proj.weight"] = kernel * (0.5 / std).view(1, 3, 1, 1)
+    new["pos_embed"] = resample_positions(new["pos_embed"][:, 1:], math.isqrt(own["pos_embed"].shape[1]))
+    new["latent_tokens"] = own["latent_tokens"]
+    for key, value in new.items():
+        if value.shape != own[key].shape:
+            raise ValueError(f"DINOv2 file: {key} is {tuple(value.shape)}, this encoder needs {tuple(own[key].shape)}")
+    encoder.load_state_dict(new)

@@ -1,0 +1,912 @@
+"""Train MacTok: images -> tokenizer -> latents -> SiT -> samples. Run the same command again to resume.
+
+    python train.py                                                   # offline default: built-in shapes, minutes on a CPU
+    python train.py --data photos/ --preset toy                       # your own images: one sub-folder per class, or flat
+    python train.py --data imagenet/train --preset b256 --dry_run     # parameters, memory and time before starting
+    torchrun --nproc_per_node=8 train.py --data imagenet/train --preset b256 --tokens 128 --out runs/b256
+
+Stages, each with its own checkpoint in --out, done in turn unless --stage picks one:
+    tokenizer   encoder, bottleneck and decoder with masks and alignment   -> tokenizer.pt, masks.png
+    decoder     the decoder alone, without masks                           -> decoder.pt, reconstructions.png
+    latents     encode the data set once                                   -> latents.bin
+    sit         the flow-matching transformer on the latents               -> sit.pt, samples.png
+"""
+
+import copy
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import masking
+from align import HOG, Alignment, DINOv2
+from data import BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError, as_user_error
+from data import batch_indices, command_line, load_checkpoint, loader, replacing, save_checkpoint, split, state_hash
+from data import to_float, write_image, write_text
+from fid import psnr, ssim
+from sample import Run, Sampler, build_tokenizer, class_grid, reconstruct
+from sit import SiT, drop_labels, flow_matching_loss
+from tokenizer import Tokenizer, load_dinov2
+
+STAGES = ("tokenizer", "decoder", "latents", "sit")
+MASKS = ("mixed", "random", "semantic", "latent", "none")
+MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run
+
+
+def arg(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Defaults are the toy preset's; "paper" and "ours" say where a full-size value comes from."""
+
+    data: str = arg("", "folder of images, one sub-folder per class or flat (empty: the built-in shapes)")
+    out: str = arg("out", "folder for checkpoints, log.jsonl, result.json and pictures")
+    seed: int = arg(0, "of everything random")
+    # the tokenizer
+    image_size: int = arg(32, "pixels; images are centre-cropped (paper: 256, 512)")
+    patch_size: int = arg(0, "pixels; 0 = the largest power of two for which L divides N (ours: 16)")
+    tokens: int = arg(16, "L, latent tokens per image (paper: 128, 64)")
+    channels: int = arg(16, "C, channels per token (paper: 32)")
+    size: str = arg("toy", "tokenizer size: toy, S, B, BL (paper: B)")
+    teacher: str = arg("hog", 'what z is aligned with: "hog", or the path of an official DINOv2 file (paper: DINOv2-B)')
+    encoder_init: str = arg("", "path of an official DINOv2 file of the encoder's width to start from (paper: DINOv2)")
+    mask: str = arg("mixed", "mixed (paper), random, semantic, none, or latent (the paper's failing ablation)")
+    mask_ratio: float = arg(0.7, "M in m = max(0, U(-0.1, M)) (paper: 0.7)")
+    kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours)")
+    align_weight: float = arg(0.1, "of local + global alignment (ours)")
+    # its training
+    batch_size: int = arg(32, "images per step over all processes (paper: 256; 128 at 512 px)")
+    micro_batch: int = arg(0, "images per forward and process, the rest is accumulated; 0 = all of the process's share")
+    lr: float = arg(2e-3, "peak, AdamW, cosine to zero (paper: 1e-4)")
+    warmup_steps: int = arg(50, "linear warm-up of lr (paper: 5000; 10000 at 512 px)")
+    tokenizer_steps: int = arg(1000, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
+    decoder_steps: int = arg(100, "steps of stage decoder (paper: 10 epochs)")
+    # SiT and its training
+    sit: str = arg("toy", "SiT size: toy, S, B, L, XL (paper: XL)")
+    sit_batch_size: int = arg(256, "latents per step over all processes (paper: 256)")
+    sit_lr: float = arg(1e-3, "constant after warm-up (paper: 1e-4)")
+    sit_steps: int = arg(
+        500, "steps of stage sit (ours: 4M is SiT's own schedule, 400K the shortest in the literature)"
+    )
+    sample_steps: int = arg(50, "solver steps of the samples at the end (paper: 250)")
+    guidance: float = arg(1.5, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
+    # the run
+    ema_decay: float = arg(0.999, "of the weights that are evaluated, after a warm-up (paper: 0.9999)")
+    grad_clip: float = arg(1.0, "largest gradient norm (ours)")
+    eval_images: int = arg(256, "images held out for PSNR and SSIM, at most a tenth of the data (ours)")
+    log_every: int = arg(50, "steps between lines of log.jsonl")
+    save_every: int = arg(500, "steps between checkpoints")
+    workers: int = arg(0, "data-loading processes per training process")
+    compile: bool = arg(False, "torch.compile the networks")
+
+
+FULL = {
+    "image_size": 256, "patch_size": 16, "tokens": 128, "channels": 32, "size": "B", "batch_size": 256, "micro_batch": 32,
+    "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000, "sit": "XL", "sit_lr": 1e-4,
+    "sit_steps": 400_000, "guidance": 2.3, "ema_decay": 0.9999, "eval_images": 5_000, "log_every": 100, "save_every": 5_000,
+    "workers": 8, "sample_steps": 250,
+}  # fmt: skip
+AT_512 = {
+    "image_size": 512, "batch_size": 128, "micro_batch": 8, "warmup_steps": 10_000, "tokenizer_steps": 500_000,
+    "decoder_steps": 100_000,
+}  # fmt: skip
+PRESETS = {
+    "toy": {},
+    "s256": FULL | {"size": "S"},
+    "b256": FULL,
+    "b512": FULL | AT_512,
+    "bl512": FULL | AT_512 | {"size": "BL", "tokens": 64, "guidance": 2.4},
+}
+
+POSITIVE = ("tokenizer_steps", "decoder_steps", "sit_steps", "batch_size", "sit_batch_size", "eval_images", "log_every")
+POSITIVE += ("save_every", "sample_steps")
+NOT_NEGATIVE = (
+    "micro_batch",
+    "warmup_steps",
+    "workers",
+    "seed",
+    "kl_weight",
+    "align_weight",
+    "lr",
+    "sit_lr",
+    "guidance",
+)
+# Fields that may change between a checkpoint and its resumption, and those that only the later stages read.
+FREE = {
+    "data",
+    "out",
+    "micro_batch",
+    "eval_images",
+    "log_every",
+    "save_every",
+    "workers",
+    "compile",
+    "guidance",
+    "sample_steps",
+}
+LATER = {"tokenizer": {"decoder_steps", "sit", "sit_batch_size", "sit_lr", "sit_steps"}}
+LATER["decoder"] = LATER["tokenizer"] - {"decoder_steps"}
+LATER["sit"] = {"sit_steps", "decoder_steps"}  # a constant learning rate: it may be trained for longer
+
+
+def parse_config(arguments: list[str]) -> tuple[Config, str, bool]:
+    """Command line -> resolved config, stage ("all" or one of STAGES), dry_run. Raises UserError."""
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="toy (default without --data), b256 (default with --data), s256, b512, bl512"
+    )
+    parser.add_argument("--stage", default="all", choices=("all", *STAGES))
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print parameters, batch split, memory and one measured step, then stop"
+    )
+    for f in fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        parser.add_argument(f"--{f.name}", default=None, help=f"{f.metadata['help']} [{f.default}]", **kind)
+    given = vars(parser.parse_args(arguments))
+    preset, stage, dry_run = (given.pop(key) for key in ("preset", "stage", "dry_run"))
+    preset = preset or ("b256" if given["data"] else "toy")
+    values = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
+    config = Config(**values)
+    if config.patch_size == 0:
+        config = Config(**asdict(config) | {"patch_size": largest_patch(config.image_size, config.tokens)})
+    return config, stage, dry_run
+
+
+def largest_patch(image_size: int, tokens: int) -> int:
+    """The largest power of two p, up to an eighth of the image, for which L divides N = (image_size / p)^2; 1 if there is none."""
+    candidates = [1 << k for k in range(10) if image_size % (1 << k) == 0 and 8 << k <= image_size]
+    fitting = [p for p in candidates if tokens > 0 and (image_size // p) ** 2 % tokens == 0]
+    return max(fitting, default=1)
+
+
+def check_config(config: Config, processes: Processes) -> None:
+    """Raises UserError for values that cannot be trained with, before anything is read or written."""
+    for name in POSITIVE + NOT_NEGATIVE:
+        value, least = getattr(config, name), int(name in POSITIVE)
+        if not (math.isfinite(value) and value >= least):
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    for name in ("mask_ratio", "ema_decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must lie in [0, 1]")
+    if config.grad_clip <= 0:
+        raise UserError(f"--grad_clip is {config.grad_clip}; it must be above 0")
+    if config.mask not in MASKS:
+        raise UserError(f"--mask is {config.mask!r}; it must be one of {', '.join(MASKS)}")
+    for name in ("batch_size", "sit_batch_size"):
+        micro_rows(getattr(config, name), config.micro_batch, processes, name)
+    with as_user_error(), torch.device("meta"):
+        build_tokenizer(asdict(config))
+        SiT(config.tokens, config.channels, 0, config.sit)
+
+
+def micro_rows(batch: int, micro_batch: int, processes: Processes, name: str = "batch_size") -> list[slice]:
+    """The rows of the global batch that this process computes, in pieces of micro_batch: gradients are summed over them."""
+    if batch % processes.world:
+        raise UserError(
+            f"--{name} {batch} cannot be divided among {processes.world} processes; use a multiple of {processes.world}"
+        )
+    share = processes.share(batch)
+    micro = min(micro_batch or len(share), len(share))
+    if len(share) % micro:
+        raise UserError(
+            f"--micro_batch {micro} does not divide the {len(share)} images that each process takes of --{name} {batch}"
+        )
+    return [slice(start, start + micro) for start in range(share.start, share.stop, micro)]
+
+
+def load_teacher(config: Config, grid: int) -> nn.Module:
+    """The frozen teacher of config.teacher, with patches on a grid x grid."""
+    if config.teacher == "hog":
+        return HOG(grid)
+    with as_user_error(f"--teacher {config.teacher}: "):
+        return DINOv2.from_state(load_checkpoint(config.teacher), grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained: modules whose forward gives a loss and named values to log
+
+
+class TokenizerObjective(nn.Module):
+    """Paper eq. 7: reconstruction + KL + alignment."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, teacher_width: int):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.alignment = Alignment(config.channels, tokenizer.decoder.from_latent.out_features, teacher_width)
+        self.kl_weight, self.align_weight = config.kl_weight, config.align_weight
+
+    def forward(
+        self, images: Tensor, mask: Tensor, latent_mask: Tensor | None, noise: Tensor, cls: Tensor, patches: Tensor
+    ):
+        posterior = self.tokenizer.encode(images, mask)
+        z = posterior.sample(noise)
+        shown = z if latent_mask is None else z.masked_fill(latent_mask[..., None], 0)  # 0 is the prior's mean (ours)
+        mse = F.mse_loss(self.tokenizer.decode(shown), images)
+        kl = posterior.kl().sum(1).mean()
+        local, global_ = self.alignment(z, cls, patches)
+        loss = mse + self.kl_weight * kl + self.align_weight * (local + global_)
+        logs = {"loss": loss, "mse": mse, "kl": kl, "align_local": local, "align_global": global_}
+        return loss, logs | moments(posterior.mean, z)
+
+
+def moments(mean: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """First and second moments over the batch, (L, C) each: what `describe` needs, and can be averaged over batches."""
+    return {"mean": mean.mean(0), "mean_square": mean.square().mean(0), "z_square": z.square().mean(0)}
+
+
+def describe(logs: dict[str, Tensor]) -> dict[str, float]:
+    """Averaged logs -> numbers; the moments become KL per token (nats), active units (variance of the mean > 0.01) and std of z."""
+    numbers = {key: value.item() for key, value in logs.items() if value.ndim == 0}
+    if "mean" in logs:
+        variance = logs["mean_square"] - logs["mean"].square()
+        numbers["kl_per_token"] = numbers["kl"] / len(variance)
+        numbers["active_units"] = (variance > 0.01).float().mean().item()
+        numbers["latent_std"] = (logs["z_square"] - logs["mean"].square()).mean().clamp(min=0).sqrt().item()
+    return numbers
+
+
+def collapse_warning(numbers: dict[str, float]) -> str:
+    """A sentence when the posterior has collapsed to its prior, else ""."""
+    if numbers.get("active_units", 1) > 0.05 and numbers.get("kl_per_token", 1) > 0.05:
+        return ""
+    return (
+        f"warning: the posterior has collapsed to its prior ({100 * numbers['active_units']:.0f} % active units, "
+        f"{numbers['kl_per_token']:.3f} nats per token): the latents carry no image; lower --kl_weight or use --mask mixed"
+    )
+
+
+class DecoderObjective(nn.Module):
+    """Section 4.1: the encoder is frozen and unmasked, the decoder learns to reconstruct from its samples."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer.requires_grad_(False)
+        self.tokenizer.decoder.requires_grad_(True)
+
+    def forward(self, images: Tensor, noise: Tensor):
+        with torch.no_grad():
+            z = self.tokenizer.encode(images).sample(noise)
+        mse = F.mse_loss(self.tokenizer.decode(z), images)
+        return mse, {"loss": mse}
+
+
+class SiTObjective(nn.Module):
+    """Flow matching on normalised latents, with label dropout."""
+
+    def __init__(self, sit: SiT):
+        super().__init__()
+        self.sit = sit
+
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor):
+        loss = flow_matching_loss(self.sit, x, y, t, noise).mean()
+        return loss, {"loss": loss}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+@dataclass
+class Job:
+    """One stage as data, for `fit`."""
+
+    stage: str
+    objective: nn.Module  # forward(*inputs) -> loss, logs; holds every trained parameter
+    model: nn.Module  # the part of it whose moving average is kept and evaluated
+    inputs: Callable[
+        [tuple, slice, slice, torch.Generator], tuple
+    ]  # local batch, its rows, global rows -> arguments of forward
+    batches: Callable[[int], Iterator]  # first step -> this process's batches from there on
+    batch_size: int
+    steps: int
+    lr: Callable[[int], float]  # step -> learning rate
+    extra: dict  # goes into the checkpoint
+
+
+@dataclass
+class World:
+    """What all stages share."""
+
+    config: Config
+    processes: Processes
+    dataset: ImageFolder | Shapes
+    train_items: np.ndarray
+    eval_items: np.ndarray
+    bad: BadFiles
+
+    def path(self, name: str) -> Path:
+        return Path(self.config.out) / name
+
+
+def fit(job: Job, world: World) -> nn.Module:
+    """Train job.objective from its checkpoint, if there is one, to job.steps; returns the moving average of job.model."""
+    config, processes = world.config, world.processes
+    job.objective.to(processes.device).train()
+    ema = copy.deepcopy(job.model).requires_grad_(False).eval()
+    trained = [p for p in job.objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr(0), betas=(0.9, 0.95), weight_decay=1e-4, fused=True)  # paper B.1
+    first = resume(job, world, ema, optimizer)
+    if first >= job.steps:
+        return ema
+    forward = torch.compile(job.objective) if config.compile else job.objective
+    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
+    pieces = micro_rows(job.batch_size, config.micro_batch, processes)
+    skipped = torch.zeros(2, device=processes.device)  # non-finite steps: in all, and in a row
+    meter = Meter(job, world, first)
+    batches = job.batches(first)
+    with StopSignals() as stop:
+        for step in tqdm(
+            range(first, job.steps), desc=job.stage, initial=first, total=job.steps, disable=not processes.first
+        ):
+            batch = next(batches)
+            for rows in pieces:
+                last = rows is pieces[-1]
+                local = slice(rows.start - pieces[0].start, rows.stop - pieces[0].start)
+                with autocast(processes.device), nullcontext() if last or processes.world == 1 else forward.no_sync():
+                    loss, logs = forward(
+                        *job.inputs(batch, local, rows, step_generator(config.seed, job.stage, step, processes.device))
+                    )
+                    (loss / len(pieces)).backward()
+                meter.add(logs, 1 / len(pieces))
+            norm = update(optimizer, trained, job.lr(step), config.grad_clip, skipped)
+            update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
+            meter.add({"grad_norm": norm}, 1)
+            done = step + 1
+            logged = done % config.log_every == 0 or done == job.steps
+            if logged:
+                meter.write(done, job.lr(step), skipped)
+            stopping = stop.agreed(processes) if logged or processes.world == 1 else False
+            if stopping or done % config.save_every == 0 or done == job.steps:
+                save(job, world, ema, optimizer, done)
+            if stopping and done < job.steps:
+                message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
+                sys.exit(message if processes.first else 1)
+    return ema
+
+
+def update(
+    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], lr: float, clip: float, skipped: Tensor
+) -> Tensor:
+    """One AdamW step on clipped gradients, or none if they are not finite -> gradient norm. Never waits for the GPU.
+
+    The gradients are equal on all processes, so that all skip the same steps. skipped = (in all, in a row) is updated.
+    """
+    norm = nn.utils.clip_grad_norm_(trained, clip)
+    bad = (~norm.isfinite()).float()
+    optimizer.found_inf = bad.reshape(())  # the fused kernel leaves everything as it was when this is 1
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    skipped[0] += bad
+    skipped[1] = (skipped[1] + 1) * bad
+    return norm
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA; master weights, norms, losses and the CPU stay in float32."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
+    """The random numbers of one step. They are drawn for the whole global batch, of which each process keeps its rows:
+
+    a resumed run equals an unbroken one, and the process count changes nothing.
+    """
+    number = np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(number))
+
+
+def warmup_cosine(config: Config) -> Callable[[int], float]:
+    """Linear over warmup_steps to lr, then cosine to zero at tokenizer_steps."""
+
+    def lr(step: int) -> float:
+        ramp = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        return config.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / config.tokenizer_steps))
+
+    return lr
+
+
+class StopSignals:
+    """Remembers SIGINT or SIGTERM while training, so that the step in progress ends and is saved. A second one kills."""
+
+    def __enter__(self) -> "StopSignals":
+        self.received = False
+        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame) -> None:
+        self.received = True
+        signal.signal(number, self.previous[number])
+
+    def agreed(self, processes: Processes) -> bool:
+        """True on all processes if any was signalled; all must ask at the same step."""
+        return bool(processes.sum(torch.tensor(float(self.received), device=processes.device)) > 0)
+
+
+class Meter:
+    """Averages what is logged on the device, and writes a line of log.jsonl every log_every steps."""
+
+    def __init__(self, job: Job, world: World, first: int):
+        self.job, self.world = job, world
+        self.path = world.path("log.jsonl")
+        if world.processes.first:
+            drop_lines_after(self.path, job.stage, first)
+        self.reset(first)
+
+    def reset(self, step: int) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.start, self.time = step, time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, logs: dict[str, Tensor], weight: float) -> None:
+        for key, value in logs.items():
+            self.sums[key] = self.sums.get(key, 0) + weight * value.detach().float()
+
+    def write(self, step: int, lr: float, skipped: Tensor) -> None:
+        """Average over steps and processes, print warnings, append the line; UserError if the run cannot go on."""
+        processes, steps = self.world.processes, step - self.start
+        averages = {key: processes.mean(value / steps) for key, value in self.sums.items()}
+        seconds = time.perf_counter() - self.time
+        line = {"stage": self.job.stage, "step": step, **describe(averages), "lr": lr}
+        line["images_per_second"] = self.job.batch_size * steps / seconds
+        line["memory_gb"] = peak_memory(processes.device) / 1e9
+        line["skipped_steps"] = int(skipped[0])
+        line["bad_images"] = self.world.bad.check(processes)
+        self.reset(step)
+        if processes.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({key: tidy(value) for key, value in line.items()}) + "\n")
+            warning = collapse_warning(line)
+            if warning:
+                tqdm.write(warning, file=sys.stderr)
+        if skipped[1] >= MAX_BAD_STEPS:
+            raise UserError(
+                f"the last {int(skipped[1])} steps of stage {self.job.stage} had non-finite gradients and were skipped; "
+                f"the checkpoint before them is kept: resume with a lower learning rate"
+            )
+
+
+def tidy(value: float | int | str) -> float | int | str | None:
+    """Six significant digits; null for what JSON cannot say."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def drop_lines_after(path: Path, stage: str, step: int) -> None:
+    """Remove the lines that a killed run logged after its last checkpoint, and any of later stages."""
+    if not path.exists():
+        return
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    order = STAGES.index(stage)
+    kept = [line for line in lines if (STAGES.index(line["stage"]), line["step"]) <= (order, step)]
+    if len(kept) < len(lines):
+        write_text("".join(json.dumps(line) + "\n" for line in kept), path)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Rank 0 writes the stage's checkpoint; everything random is a function of the step, so no state of it is kept."""
+    if world.processes.first:
+        content = {
+            "stage": job.stage, "step": step, "config": asdict(world.config), "classes": list(world.dataset.classes),
+            "images": len(world.dataset), "model": job.objective.state_dict(), "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(), **job.extra,
+        }  # fmt: skip
+        save_checkpoint(content, world.path(f"{job.stage}.pt"))
+
+
+def resume(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the stage's checkpoint if there is one -> the first step still to do. UserError if it is of another run."""
+    path = world.path(f"{job.stage}.pt")
+    if not path.exists():
+        return 0
+    saved = load_checkpoint(path)
+    check_same_run(path, saved, world, job.stage)
+    job.objective.load_state_dict(saved["model"])
+    ema.load_state_dict(saved["ema"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
+    """Raises UserError, naming the first difference, when a checkpoint is not of this configuration and data."""
+    if saved.get("stage") != stage or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} is not a checkpoint of stage {stage}; move it away or use another --out")
+    now = {k: v for k, v in asdict(world.config).items() if k not in FREE | LATER[stage]}
+    now |= {"classes": list(world.dataset.classes), "images": len(world.dataset)}
+    then = saved["config"] | {"classes": saved["classes"], "images": saved["images"]}
+    for key, value in now.items():
+        if then.get(key) != value:
+            raise UserError(
+                f"{path} was made with {key} {then.get(key)}, this run has {value}; use the same value or another --out"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def load_finished(world: World, stage: str) -> dict:
+    """The checkpoint of an earlier stage. UserError if it is missing, unfinished or of another run."""
+    path = world.path(f"{stage}.pt")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run the stage {stage} first")
+    saved = load_checkpoint(path)
+    check_same_run(path, saved, world, stage)
+    steps = getattr(world.config, f"{stage}_steps")
+    if saved["step"] < steps:
+        raise UserError(f"{path} is at step {saved['step']} of {steps}; finish the stage {stage} first")
+    return saved
+
+
+def image_batches(world: World) -> Callable[[int], Iterator]:
+    """first step -> endless (uint8 images, labels, bad) of this process's rows."""
+    config = world.config
+    share = world.processes.share(config.batch_size)
+
+    def batches(first: int) -> Iterator:
+        sampler = BatchSampler(world.train_items, config.batch_size, config.seed, first, slice(share.start, share.stop))
+        return iter(loader(world.dataset, sampler, config.workers))
+
+    return batches
+
+
+def flipped(images: Tensor, rows: slice, batch: int, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images, (b, 3, S, S); the coin is drawn for the global batch (paper B.1)."""
+    coin = torch.rand(batch, generator=generator, device=generator.device)[rows] < 0.5
+    return torch.where(coin[:, None, None, None], images.flip(-1), images)
+
+
+def tokenizer_job(world: World) -> Job:
+    """Stage tokenizer: masks, alignment, KL."""
+    config, device = world.config, world.processes.device
+    tokenizer = build_tokenizer(asdict(config))
+    grid = config.image_size // config.patch_size
+    teacher = load_teacher(config, grid).to(device)
+    if config.encoder_init and not world.path("tokenizer.pt").exists():
+        with as_user_error(f"--encoder_init {config.encoder_init}: "):
+            load_dinov2(tokenizer.encoder, load_checkpoint(config.encoder_init))
+
+    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
+        size = config.batch_size
+        images = to_float(batch[0][local].to(device, non_blocking=True))
+        world.bad.note(batch[2][local])
+        images = flipped(images, rows, size, generator)
+        noise = torch.randn(size, config.tokens, config.channels, generator=generator, device=device)[rows]
+        cls, patches = teacher(images)
+        ratio = masking.mask_ratio(size, config.mask_ratio, generator=generator)
+        mask, latent_mask = make_masks(config, ratio, rows, cls, patches, generator)
+        return images, mask, latent_mask, noise, cls, patches
+
+    objective = TokenizerObjective(config, tokenizer, teacher.width)
+    steps, lr = config.tokenizer_steps, warmup_cosine(config)
+    return Job("tokenizer", objective, tokenizer, inputs, image_batches(world), config.batch_size, steps, lr, {})
+
+
+def make_masks(
+    config: Config, ratio: Tensor, rows: slice, cls: Tensor, patches: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """config.mask, for `rows` of the global batch -> patch mask (b, N) and, for "latent" only, latent mask (b, L)."""
+    nothing = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
+    if config.mask == "mixed":
+        return masking.mixed_mask(cls, patches, ratio, generator, rows), None
+    if config.mask == "random":
+        return masking.random_mask(ratio, patches.shape[1], generator)[rows], None
+    if config.mask == "semantic":
+        return masking.semantic_mask(cls, patches, ratio[rows]), None
+    if config.mask == "latent":
+        return nothing, masking.latent_mask(ratio, config.tokens, generator)[rows]
+    return nothing, None
+
+
+def decoder_job(world: World) -> Job:
+    """Stage decoder: from the averaged weights of stage tokenizer, at its peak learning rate / 10 (ours)."""
+    config, device = world.config, world.processes.device
+    tokenizer = build_tokenizer(asdict(config))
+    tokenizer.load_state_dict(load_finished(world, "tokenizer")["ema"])
+
+    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
+        images = flipped(to_float(batch[0][local].to(device, non_blocking=True)), rows, config.batch_size, generator)
+        world.bad.note(batch[2][local])
+        noise = torch.randn(config.batch_size, config.tokens, config.channels, generator=generator, device=device)[rows]
+        return images, noise
+
+    def lr(step: int) -> float:
+        return config.lr / 10 * (1 - step / config.decoder_steps)
+
+    objective = DecoderObjective(tokenizer)
+    return Job(
+        "decoder", objective, tokenizer, inputs, image_batches(world), config.batch_size, config.decoder_steps, lr, {}
+    )
+
+
+def encoder_stamp(world: World, tokenizer: Tokenizer) -> str:
+    """Hash of what the latents depend on: encoder weights and data set."""
+    state = {key: value for key, value in tokenizer.state_dict().items() if key.startswith(("encoder.", "to_moments."))}
+    data = {"classes": list(world.dataset.classes), "images": len(world.dataset), "train": len(world.train_items)}
+    return state_hash(state | {json.dumps(data): torch.zeros(0)})
+
+
+def load_trained_tokenizer(world: World) -> Tokenizer:
+    """The averaged tokenizer of stage decoder, or of stage tokenizer where there is no decoder.pt."""
+    stage = "decoder" if world.path("decoder.pt").exists() else "tokenizer"
+    tokenizer = build_tokenizer(asdict(world.config))
+    tokenizer.load_state_dict(load_finished(world, stage)["ema"])
+    return tokenizer.to(world.processes.device).eval()
+
+
+@torch.no_grad()
+def cache_latents(world: World) -> None:
+    """Stage latents: posterior moments of each training image and its mirror image -> latents.bin."""
+    config, processes, path = world.config, world.processes, world.path("latents.bin")
+    tokenizer = load_trained_tokenizer(world)
+    stamp = encoder_stamp(world, tokenizer)
+    if path.exists():
+        LatentCache(path, stamp)
+        return
+    mine, count = processes.share(len(world.train_items)), len(world.train_items)
+    lists = [
+        [int(world.train_items[i]) for i in range(s, min(s + 64, mine.stop))] for s in range(mine.start, mine.stop, 64)
+    ]
+    sums = torch.zeros(3, config.channels, dtype=torch.float64, device=processes.device)
+    header = {"stamp": stamp, "count": count, "shape": [config.tokens, config.channels]}
+    with replacing(path) if processes.first else nullcontext(path.with_name(path.name + ".tmp")) as temporary:
+        if processes.first:
+            LatentCache.seal(temporary, header)
+        processes.barrier()
+        row = mine.start
+        for images, labels, bad in tqdm(
+            loader(world.dataset, lists, config.workers), desc="latents", disable=not processes.first
+        ):
+            world.bad.note(bad)
+            images = to_float(images.to(processes.device))
+            with autocast(processes.device):
+                posterior = tokenizer.encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
+            mean, std = (m.unflatten(0, (-1, 2)) for m in (posterior.mean, posterior.std))  # (b, 2, L, C)
+            LatentCache.write(temporary, row, mean, std, labels)
+            row += len(labels)
+            sums += torch.stack([m.double().sum((0, 1, 2)) for m in (mean, mean.square(), std.square())])
+        world.bad.check(processes)
+        first, mean_square, variance = processes.sum(sums) / (2 * count * config.tokens)
+        std = (mean_square - first.square() + variance).sqrt()  # law of total variance
+        if processes.first:
+            LatentCache.seal(temporary, header | {"latent_mean": first.tolist(), "latent_std": std.tolist()})
+
+
+def sit_job(world: World) -> Job:
+    """Stage sit: z is sampled anew from the cached posterior at each step."""
+    config, device = world.config, world.processes.device
+    tokenizer = load_trained_tokenizer(world)
+    cache = LatentCache(world.path("latents.bin"), encoder_stamp(world, tokenizer))
+    tokenizer.latent_mean.copy_(torch.tensor(cache.header["latent_mean"]))
+    tokenizer.latent_std.copy_(torch.tensor(cache.header["latent_std"]))
+    num_classes = len(world.dataset.classes)
+    share = world.processes.share(config.sit_batch_size)
+
+    def batches(first: int) -> Iterator:
+        for step in count(first):
+            yield cache.batch(
+                batch_indices(len(cache), config.sit_batch_size, config.seed, step, slice(share.start, share.stop))
+            )
+
+    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
+        mean, std, y = (part[local].to(device, non_blocking=True) for part in batch)
+        size, shape = config.sit_batch_size, mean.shape[2:]
+        flip, drop, t = torch.rand(3, size, generator=generator, device=device)[:, rows]
+        noises = torch.randn(2, size, *shape, generator=generator, device=device)[:, rows]
+        mirror, image = (flip < 0.5).long(), torch.arange(len(flip), device=device)
+        z = mean[image, mirror] + std[image, mirror] * noises[0]
+        return tokenizer.normalize(z), drop_labels(y, num_classes, drop), t, noises[1]
+
+    def lr(step: int) -> float:
+        return config.sit_lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+    sit = SiT(config.tokens, config.channels, num_classes, config.sit)
+    extra = {"tokenizer": tokenizer.state_dict()}
+    return Job("sit", SiTObjective(sit), sit, inputs, batches, config.sit_batch_size, config.sit_steps, lr, extra)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run shows
+
+
+@torch.no_grad()
+def evaluate(tokenizer: Tokenizer, world: World) -> dict[str, float]:
+    """PSNR (dB) and SSIM of held-out images against their reconstructions from the posterior mean, both as uint8."""
+    mine = [int(world.eval_items[i]) for i in world.processes.share(len(world.eval_items))]
+    sums = torch.zeros(2, dtype=torch.float64, device=world.processes.device)
+    for images, _, bad in loader(world.dataset, [mine[i : i + 64] for i in range(0, len(mine), 64)], 0):
+        world.bad.note(bad)
+        copies = reconstruct(tokenizer, images)
+        sums += torch.stack([psnr(images, copies).sum(), ssim(images, copies).sum()]).to(sums.device)
+    value = world.processes.sum(sums) / len(world.eval_items)
+    return {
+        "psnr": round(value[0].item(), 3),
+        "ssim": round(value[1].item(), 4),
+        "held_out_images": len(world.eval_items),
+    }
+
+
+def draw_reconstructions(tokenizer: Tokenizer, world: World) -> None:
+    """reconstructions.png: two pairs of rows, held-out originals above their reconstructions."""
+    count = 20 if len(world.eval_items) >= 20 else len(world.eval_items) // 2 * 2 or 1
+    images = torch.stack([world.dataset[int(i)][0] for i in world.eval_items[:count]])
+    pairs = torch.stack([images, reconstruct(tokenizer, images)])  # (2, count, 3, S, S)
+    blocks = pairs.unflatten(1, (2 if count > 1 else 1, -1)).transpose(0, 1).flatten(0, 1)
+    write_image(blocks, world.path("reconstructions.png"))
+
+
+@torch.no_grad()
+def draw_masks(world: World) -> None:
+    """masks.png: images, and the same with half of their patches hidden: at random, and by similarity to the teacher's cls."""
+    config, device = world.config, world.processes.device
+    grid = config.image_size // config.patch_size
+    images = torch.stack([world.dataset[int(i)][0] for i in world.eval_items[:8]])
+    cls, patches = load_teacher(config, grid).to(device)(to_float(images.to(device)))
+    ratio = torch.full((len(images),), 0.5, device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    rows = [images]
+    for mask in (masking.random_mask(ratio, grid**2, generator), masking.semantic_mask(cls, patches, ratio)):
+        hidden = (
+            mask.view(-1, 1, grid, grid).repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
+        )
+        rows.append(images.masked_fill(hidden.cpu(), 128))
+    write_image(torch.stack(rows), world.path("masks.png"))
+
+
+def draw_samples(run: Run, world: World) -> dict:
+    """samples.png: 8 samples of each of the first 10 classes -> the sampler's settings."""
+    config = world.config
+    sampler = Sampler(steps=config.sample_steps, guidance=config.guidance, seed=config.seed)
+    classes = list(range(max(1, min(10, len(run.classes)))))
+    write_image(class_grid(run, sampler, classes, 8, world.processes.device), world.path("samples.png"))
+    return asdict(sampler)
+
+
+def run_stage(stage: str, world: World) -> dict:
+    """Do a stage, or pass over it if it is done -> its part of result.json."""
+    if stage == "latents":
+        cache_latents(world)
+        return {"images": len(world.train_items), "moments_per_image": 2}
+    job = {"tokenizer": tokenizer_job, "decoder": decoder_job, "sit": sit_job}[stage](world)
+    model = fit(job, world)
+    if stage == "sit":
+        tokenizer = load_trained_tokenizer(world)
+        tokenizer.load_state_dict(job.extra["tokenizer"])
+        run = Run(asdict(world.config), list(world.dataset.classes), tokenizer, model)
+        return {"sampler": draw_samples(run, world)} if world.processes.first else {}
+    numbers = evaluate(model, world)
+    if world.processes.first:
+        draw_reconstructions(model, world)
+        draw_masks(world)
+        print(
+            f"{stage}: held-out PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f} ({numbers['held_out_images']} images)"
+        )
+    return numbers
+
+
+def dry_run(world: World) -> None:
+    """Print parameters, batch split, memory and one measured step of the tokenizer; nothing is written."""
+    config, processes, device = world.config, world.processes, world.processes.device
+    job = tokenizer_job(world)
+    with torch.device("meta"):
+        sit = SiT(config.tokens, config.channels, len(world.dataset.classes), config.sit)
+    job.objective.to(device).train()
+    trained = list(job.objective.parameters())
+    pieces = micro_rows(config.batch_size, config.micro_batch, processes)
+    width = pieces[0].stop - pieces[0].start
+    measured = width if device.type == "cuda" else min(2, width)
+    rows = slice(pieces[0].start, pieces[0].start + measured)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    items = [int(i) for i in world.train_items[:measured]]
+    batch = next(iter(loader(world.dataset, [items], 0)))
+    for _ in range(2):  # the first one warms up
+        synchronize(device)
+        start = time.perf_counter()
+        with autocast(device):
+            loss, _ = job.objective(
+                *job.inputs(batch, slice(0, len(items)), rows, step_generator(0, "tokenizer", 0, device))
+            )
+        loss.backward()
+        update(optimizer, trained, 0.0, config.grad_clip, torch.zeros(2, device=device))
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    if not processes.first:
+        return
+    model, share = job.model, config.batch_size / processes.world
+    batch_seconds = seconds / measured * share
+    print(
+        f"data        {len(world.train_items)} images to train on, {len(world.eval_items)} held out, "
+        f"{len(world.dataset.classes)} classes"
+    )
+    print(
+        f"tokenizer   {config.size}: {millions(model)}, N = {model.num_patches}, L = {config.tokens}, C = {config.channels}"
+    )
+    print(f"alignment   {millions(job.objective.alignment)}, teacher {config.teacher}")
+    print(f"sit         {config.sit}: {millions(sit)}")
+    print(f"batch       {config.batch_size} = {processes.world} processes x {len(pieces)} accumulated x {width} images")
+    print(
+        f"memory      {20 * sum(p.numel() for p in trained) / 1e9:.2f} GB for weights, gradients, Adam and EMA; "
+        f"peak with {measured} images {peak_memory(device) / 1e9:.2f} GB"
+    )
+    print(
+        f"one step    {seconds:.2f} s for {measured} images on {device.type}: {batch_seconds:.1f} s for the batch, "
+        f"{batch_seconds * config.tokenizer_steps / 3600:.1f} h for {config.tokenizer_steps} steps"
+    )
+
+
+def millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def open_world(config: Config, processes: Processes) -> World:
+    """Find the data and split it."""
+    dataset = ImageFolder(config.data, config.image_size) if config.data else Shapes(config.image_size)
+    train_items, eval_items = split(len(dataset), config.eval_images)
+    return World(config, processes, dataset, train_items, eval_items, BadFiles(dataset))
+
+
+def main(arguments: list[str]) -> None:
+    config, stage, dry = parse_config(arguments)
+    processes = Processes.start()
+    check_config(config, processes)
+    torch.manual_seed(config.seed)  # initial weights, equal on all processes
+    world = open_world(config, processes)
+    if dry:
+        return dry_run(world)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        write_text(json.dumps(asdict(config), indent=1), world.path("config.json"))
+    path = world.path("result.json")
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for name in STAGES if stage == "all" else (stage,):
+        start = time.perf_counter()
+        result[name] = run_stage(name, world)
+        result[name]["seconds"] = round(time.perf_counter() - start, 1)
+        processes.barrier()
+        if processes.first:
+            write_text(json.dumps(result | {"config": asdict(config)}, indent=1), path)
+
+
+if __name__ == "__main__":
+    command_line(main)
