@@ -275,11 +275,11 @@ class Shapes(Dataset):
         """-> image uint8 (3, size, size), label, foreground bool (size, size)."""
         rng = np.random.default_rng(index)
         label = int(rng.integers(len(SHAPES)))
-        radius, angle, hue = rng.uniform(0.26, 0.36), rng.uniform(-0.3, 0.3), rng.uniform(0, 1)
+        radius, angle, hue = rng.uniform(0.3, 0.4), rng.uniform(-0.3, 0.3), rng.uniform(0, 1)
         center = 0.5 + rng.uniform(-1, 1, 2) * (0.46 - radius)
         cover = draw_shape(SHAPES[self.classes[label]], radius, angle, center, self.size)[..., None]
         color = 0.35 + 0.65 * (0.5 + 0.5 * np.cos(2 * math.pi * (hue + np.array([0, 1 / 3, 2 / 3]))))
-        ends, direction = rng.uniform(0, 0.35, (2, 3)), rng.uniform(0, 2 * math.pi)
+        ends, direction = rng.uniform(0, 0.3, (2, 3)), rng.uniform(0, 2 * math.pi)
         ticks = (np.arange(self.size) + 0.5) / self.size - 0.5
         ramp = 0.5 + (math.cos(direction) * ticks + math.sin(direction) * ticks[:, None]) / math.sqrt(2)
         background = ends[0] + (ends[1] - ends[0]) * ramp[..., None]

@@ -21,7 +21,7 @@ from tokenizer import Attention, Mlp, init_linear, sincos_1d
 
 # (width, depth, heads). Parameters: S 33M, B 130M, L 458M, XL 675M (paper: XL).
 SIZES = {
-    "toy": (192, 6, 6),
+    "toy": (128, 6, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),

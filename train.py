@@ -71,21 +71,21 @@ class Config:
     kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours)")
     align_weight: float = arg(0.1, "of local + global alignment (ours)")
     # its training
-    batch_size: int = arg(32, "images per step over all processes (paper: 256; 128 at 512 px)")
+    batch_size: int = arg(16, "images per step over all processes (paper: 256; 128 at 512 px)")
     micro_batch: int = arg(0, "images per forward and process, the rest is accumulated; 0 = all of the process's share")
     lr: float = arg(2e-3, "peak, AdamW, cosine to zero (paper: 1e-4)")
     warmup_steps: int = arg(50, "linear warm-up of lr (paper: 5000; 10000 at 512 px)")
-    tokenizer_steps: int = arg(1000, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
+    tokenizer_steps: int = arg(2400, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
     decoder_steps: int = arg(100, "steps of stage decoder (paper: 10 epochs)")
     # SiT and its training
     sit: str = arg("toy", "SiT size: toy, S, B, L, XL (paper: XL)")
-    sit_batch_size: int = arg(256, "latents per step over all processes (paper: 256)")
+    sit_batch_size: int = arg(64, "latents per step over all processes (paper: 256)")
     sit_lr: float = arg(1e-3, "constant after warm-up (paper: 1e-4)")
     sit_steps: int = arg(
         500, "steps of stage sit (ours: 4M is SiT's own schedule, 400K the shortest in the literature)"
     )
     sample_steps: int = arg(50, "solver steps of the samples at the end (paper: 250)")
-    guidance: float = arg(1.5, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
+    guidance: float = arg(3.0, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
     # the run
     ema_decay: float = arg(0.999, "of the weights that are evaluated, after a warm-up (paper: 0.9999)")
     grad_clip: float = arg(1.0, "largest gradient norm (ours)")
@@ -98,7 +98,7 @@ class Config:
 
 FULL = {
     "image_size": 256, "patch_size": 16, "tokens": 128, "channels": 32, "size": "B", "batch_size": 256, "micro_batch": 32,
-    "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000, "sit": "XL", "sit_lr": 1e-4,
+    "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000, "sit": "XL", "sit_batch_size": 256, "sit_lr": 1e-4,
     "sit_steps": 400_000, "guidance": 2.3, "ema_decay": 0.9999, "eval_images": 5_000, "log_every": 100, "save_every": 5_000,
     "workers": 8, "sample_steps": 250,
 }  # fmt: skip
@@ -800,6 +800,7 @@ def draw_samples(run: Run, world: World) -> dict:
 
 def run_stage(stage: str, world: World) -> dict:
     """Do a stage, or pass over it if it is done -> its part of result.json."""
+    torch.manual_seed(world.config.seed)  # initial weights: equal on all processes, whichever stages ran before
     if stage == "latents":
         cache_latents(world)
         return {"images": len(world.train_items), "moments_per_image": 2}
@@ -890,7 +891,6 @@ def main(arguments: list[str]) -> None:
     config, stage, dry = parse_config(arguments)
     processes = Processes.start()
     check_config(config, processes)
-    torch.manual_seed(config.seed)  # initial weights, equal on all processes
     world = open_world(config, processes)
     if dry:
         return dry_run(world)

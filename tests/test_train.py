@@ -1,0 +1,427 @@
+"""train.py and sample.py through their command lines."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, succeed
+
+import data
+import train
+
+PROCESS_COUNT_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data") / "images", 3, 30)
+
+
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory):
+    """An unbroken tiny run through all stages: 20 steps each."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")
+    return out
+
+
+def log_lines(out, stage):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+def same_weights(a, b, tolerance=0.0):
+    """Compare the tensors of two checkpoints, optimizer and moving average included."""
+
+    def compare(x, y):
+        assert type(x) is type(y)
+        if isinstance(x, dict):
+            assert x.keys() == y.keys()
+            [compare(x[key], y[key]) for key in x if key != "config"]
+        elif isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+
+    compare(data.load_checkpoint(a), data.load_checkpoint(b))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {
+        "config.json",
+        "log.jsonl",
+        "result.json",
+        "masks.png",
+        "reconstructions.png",
+        "samples.png",
+        "latents.bin",
+    }
+    names |= {"tokenizer.pt", "decoder.pt", "sit.pt"}
+    assert set(os.listdir(finished)) == names
+    result = json.loads((finished / "result.json").read_text())
+    assert result["decoder"]["psnr"] > 5 and result["decoder"]["held_out_images"] == 8
+    assert result["config"] == json.loads((finished / "config.json").read_text())
+    line = log_lines(finished, "tokenizer")[-1]
+    expected = (
+        "loss mse kl align_local align_global kl_per_token active_units latent_std grad_norm lr images_per_second"
+    )
+    assert set(expected.split()) <= line.keys() and line["step"] == 20 and line["skipped_steps"] == 0
+    assert Image.open(finished / "samples.png").size == (8 * 64, 3 * 64)  # 3 classes
+    assert log_lines(finished, "tokenizer")[0]["loss"] > line["loss"]
+
+
+def test_latent_statistics_are_those_of_the_latents(finished):
+    """The buffers saved with the tokenizer normalise posterior samples of the training set."""
+    saved = data.load_checkpoint(finished / "sit.pt")["tokenizer"]
+    header = json.loads((finished / "latents.bin").read_bytes()[: data.LatentCache.HEADER])
+    cache = data.LatentCache(finished / "latents.bin", header["stamp"])
+    mean, std, labels = cache.batch(list(range(len(cache))))
+    z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    normal = (z - saved["latent_mean"]) / saved["latent_std"]
+    assert normal.mean((0, 1, 2)).abs().max() < 0.1 and (normal.std((0, 1, 2)) - 1).abs().max() < 0.1
+    assert sorted(set(labels.tolist())) == [0, 1, 2]
+
+
+def close_weights(ours, theirs):
+    """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
+    for key, value in theirs.items():
+        acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
+        if key.endswith("attn.qkv.bias"):
+            acting.view(3, -1)[1] = False
+        torch.testing.assert_close(ours[key][acting], value[acting], atol=PROCESS_COUNT_TOLERANCE, rtol=0)
+
+
+KILL_AFTER_SAVE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import data, train
+stage = {stage!r}
+save, write = train.save, data.LatentCache.write
+def save_then_die(job, world, ema, optimizer, step):
+    save(job, world, ema, optimizer, step)
+    if job.stage == stage and step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+def write_then_die(*arguments):
+    write(*arguments)
+    if stage == "latents":
+        os.kill(os.getpid(), signal.SIGKILL)
+train.save, data.LatentCache.write = save_then_die, write_then_die
+train.main(sys.argv[1:])
+"""
+
+
+def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, images, tmp_path):
+    """kill -9 after step 10 of each stage in turn (in the middle of writing the latents), then the same command again."""
+    out = tmp_path / "broken"
+    arguments = command("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")[2:]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    for stage in train.STAGES:
+        script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=env)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")
+    for name in ("tokenizer.pt", "decoder.pt", "sit.pt"):
+        same_weights(out / name, finished / name)
+    assert (out / "latents.bin").read_bytes() == (finished / "latents.bin").read_bytes()
+    assert (out / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+    for stage in ("tokenizer", "decoder", "sit"):
+        broken, whole = log_lines(out, stage), log_lines(finished, stage)
+        assert [line["step"] for line in broken] == [10, 20]
+        assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
+
+
+def test_two_processes_equal_one(finished, images, tmp_path):
+    """Losses, weights, moving averages, latents and samples of 2 gloo processes, one of them starting where 1 was stopped."""
+    out = tmp_path / "two"
+    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}", processes=2)
+    for stage in ("tokenizer", "decoder", "sit"):
+        for two, one in zip(log_lines(out, stage), log_lines(finished, stage)):
+            assert two["loss"] == pytest.approx(one["loss"], rel=PROCESS_COUNT_TOLERANCE)
+        ours, theirs = (data.load_checkpoint(run / f"{stage}.pt") for run in (out, finished))
+        for part in ("model", "ema"):
+            close_weights(ours[part], theirs[part])
+
+
+def test_resume_on_another_process_count_and_micro_batch(finished, images, tmp_path):
+    out = tmp_path / "mixed"
+    stop = KILL_AFTER_SAVE.format(root=str(ROOT), stage="tokenizer")
+    arguments = command("train.py", TINY, TINY_STEPS, f"--data {images} --out {out} --stage tokenizer")[2:]
+    subprocess.run(
+        [sys.executable, "-c", stop, *arguments], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert data.load_checkpoint(out / "tokenizer.pt")["step"] == 10
+    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out} --stage tokenizer --micro_batch 2", processes=2)
+    ours, theirs = (data.load_checkpoint(run / "tokenizer.pt") for run in (out, finished))
+    close_weights(ours["model"], theirs["model"])
+
+
+def test_sigterm_saves_and_stops(images, tmp_path):
+    out = tmp_path / "stopped"
+    words = (
+        TINY,
+        f"--data {images} --out {out} --tokenizer_steps 5000 --save_every 5000 --log_every 5 --stage tokenizer",
+    )
+    process = subprocess.Popen(command("train.py", *words), stderr=subprocess.PIPE, text=True)
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "run the same command again" in message and "Traceback" not in message
+    assert data.load_checkpoint(out / "tokenizer.pt")["step"] >= 5
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_flat_and_one_class_folders_train_and_sample(tmp_path, classes):
+    folder = make_folder(tmp_path / "images", classes, 20)
+    out = tmp_path / "out"
+    succeed("train.py", TINY, f"--tokenizer_steps 2 --decoder_steps 2 --sit_steps 2 --data {folder} --out {out}")
+    succeed("sample.py", f"{out} --npz 5 --steps 3")
+    with np.load(out / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (5, 16, 16, 3) and samples["arr_1"].tolist() == [0] * 5
+    if classes == 0:
+        done = call("sample.py", f"{out} --guidance 3")
+        assert done.returncode == 2 and "trained without" in done.stderr
+
+
+def test_npz_is_exact_and_does_not_depend_on_batch_size_or_processes(finished, tmp_path):
+    paths = [tmp_path / f"{i}.npz" for i in range(3)]
+    for path, batch, processes in zip(paths, (7, 3, 2), (1, 1, 2)):
+        words = f"{finished} --npz 7 --batch_size {batch} --steps 5 --guidance 2 --out {path}"
+        succeed("sample.py", words, processes=processes)
+    loaded = [np.load(path) for path in paths]
+    for other in loaded:
+        assert other["arr_0"].shape == (7, 16, 16, 3) and other["arr_0"].dtype == np.uint8
+        assert other["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert np.abs(other["arr_0"].astype(int) - loaded[0]["arr_0"]).max() <= 1  # rounding of one part in 255
+    settings = json.loads(paths[0].with_suffix(".json").read_text())
+    assert (settings["solver"], settings["steps"], settings["guidance"], settings["interval"], settings["seed"]) == (
+        "sde",
+        5,
+        2.0,
+        [0.0, 0.7],
+        0,
+    )
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{i}.{end}" for i in range(3) for end in ("npz", "json"))
+
+
+def test_sample_pictures(finished, images, tmp_path):
+    succeed("sample.py", f"{finished} --classes class2,0 --columns 3 --steps 2 --solver heun --out {tmp_path}/s.png")
+    assert Image.open(tmp_path / "s.png").size == (3 * 64, 2 * 64)
+    succeed("sample.py", f"{finished} --reconstruct {images} --columns 4 --out {tmp_path}/r.png")
+    assert Image.open(tmp_path / "r.png").size == (4 * 64, 2 * 64)
+
+
+def test_dinov2_teacher_and_encoder_train(images, tmp_path):
+    """Files of the official format with generated contents."""
+    torch.save(filled("dinov2_vits14_reg4_pretrain"), tmp_path / "teacher.pth")
+    torch.save(filled("dinov2_vits14_pretrain"), tmp_path / "init.pth")
+    words = f"--size S --teacher {tmp_path}/teacher.pth --encoder_init {tmp_path}/init.pth --lr 0"
+    steps = "--batch_size 2 --tokenizer_steps 1 --stage tokenizer"
+    succeed("train.py", TINY, words, steps, f"--data {images} --out {tmp_path}/out")
+    model = data.load_checkpoint(tmp_path / "out" / "tokenizer.pt")["ema"]
+    torch.testing.assert_close(
+        model["encoder.blocks.3.attn.qkv.weight"], filled("dinov2_vits14_pretrain")["blocks.3.attn.qkv.weight"]
+    )
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_built_in_shapes_take_the_papers_token_counts(tokens):
+    config, _, _ = train.parse_config(["--tokens", str(tokens)])
+    assert (config.image_size // config.patch_size) ** 2 % tokens == 0
+    train.check_config(config, data.Processes(0, 2, torch.device("cpu")))
+
+
+def test_dry_run_prints_and_writes_nothing(images, tmp_path):
+    done = succeed("train.py", TINY, f"--dry_run --data {images} --out {tmp_path}/out --batch_size 8 --micro_batch 2")
+    assert "M parameters" in done.stdout and "1 processes x 4 accumulated x 2 images" in done.stdout
+    assert re.search(r"one step +\d+\.\d+ s", done.stdout) and "GB" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_config_field_is_read_somewhere():
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py"))
+    for field in dataclasses.fields(train.Config):
+        reads = rf"config\.{field.name}\b|config\[\"{field.name}\"\]|\"{field.name}\"[,)].*|f\"{{stage}}_steps\""
+        assert re.search(reads, source), field.name
+
+
+def test_presets_are_complete_and_consistent():
+    names = {field.name for field in dataclasses.fields(train.Config)}
+    for name, values in train.PRESETS.items():
+        assert values.keys() <= names
+        config, _, _ = train.parse_config(["--preset", name, "--data", "x"])
+        train.check_config(config, data.Processes(0, 8, torch.device("cpu")))
+    paper, _, _ = train.parse_config(["--data", "x"])
+    assert paper.size == "B" and paper.image_size == 256 and paper.tokens == 128  # the default with data is b256
+
+
+def test_collapse_is_named(images, tmp_path):
+    words = f"--kl_weight 1 --lr 1e-2 --tokenizer_steps 60 --log_every 20 --stage tokenizer --data {images} --out {tmp_path}/out"
+    done = succeed("train.py", TINY, words)
+    assert "posterior has collapsed" in done.stderr and "--kl_weight" in done.stderr
+    healthy = succeed(
+        "train.py", TINY, f"--tokenizer_steps 20 --stage tokenizer --data {images} --out {tmp_path}/healthy"
+    )
+    assert "collapsed" not in healthy.stderr
+
+
+def test_non_finite_steps_are_skipped_and_leave_no_trace():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    skipped = torch.zeros(2)
+    weight.grad = torch.ones(3)
+    train.update(optimizer, [weight], 0.1, 1.0, skipped)
+    before, state = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
+    for bad in (float("nan"), float("inf")):
+        weight.grad = torch.tensor([1.0, bad, 1.0])
+        train.update(optimizer, [weight], 0.1, 1.0, skipped)
+        assert torch.equal(weight, before)
+        assert all(torch.equal(value, state[key]) for key, value in optimizer.state[weight].items())
+    assert skipped.tolist() == [2, 2]
+    weight.grad = torch.ones(3)
+    train.update(optimizer, [weight], 0.1, 1.0, skipped)
+    assert not torch.equal(weight, before) and skipped.tolist() == [2, 0]
+
+
+def test_many_non_finite_steps_stop_the_run(images, tmp_path):
+    words = (
+        f"--kl_weight 1e38 --tokenizer_steps 40 --log_every 10 --stage tokenizer --data {images} --out {tmp_path}/out"
+    )
+    done = call("train.py", TINY, words)
+    assert done.returncode == 2 and "non-finite" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ema_follows_the_formula_and_warms_up(finished):
+    model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 5.0)
+    torch.nn.init.constant_(average.weight, 1.0)
+    train.update_ema(average, model, 0.75)
+    assert average.weight.item() == 2.0
+    saved = data.load_checkpoint(finished / "tokenizer.pt")
+    key = "encoder.latent_tokens"  # after 20 steps an average with decay 0.999 would still sit at its start
+    drift = (saved["ema"][key] - saved["model"]["tokenizer." + key]).abs().mean()
+    assert 0 < drift < 0.05
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    config, _, _ = train.parse_config("--lr 1e-3 --warmup_steps 10 --tokenizer_steps 100".split())
+    lr = train.warmup_cosine(config)
+    assert lr(0) == pytest.approx(1e-4) and lr(50) == pytest.approx(5e-4) and 0 < lr(99) < 1e-6
+
+
+BAD = [  # what is said on the command line, what the sentence must name
+    ("--data {tmp}/nowhere", "nowhere"),
+    ("--data {tmp}", "no images"),
+    ("--learning_rat 3", "--learning_rat"),
+    ("--token 3", "did you mean --tokens"),
+    ("--tokens 7", "7"),
+    ("--tokens 0", "0"),
+    ("--image_size 30 --patch_size 4", "30"),
+    ("--tokenizer_steps 0", "--tokenizer_steps is 0"),
+    ("--sit_steps -1", "--sit_steps is -1"),
+    ("--lr nan", "--lr is nan"),
+    ("--mask sideways", "sideways"),
+    ("--mask_ratio 1.5", "1.5"),
+    ("--size XXL", "XXL"),
+    ("--sit XXL", "XXL"),
+    ("--batch_size 9 --micro_batch 2", "--micro_batch 2"),
+    ("--tokens many", "many"),
+    ("--preset b257", "b257"),
+    ("--stage sit", "tokenizer.pt does not exist"),
+    ("--teacher {tmp}/none.pth", "none.pth"),
+    ("--teacher {tmp}/evil.pth", "pickled code"),
+    ("--teacher {tmp}/short.pth", "norm.bias"),
+]
+
+
+@pytest.mark.parametrize("words, named", BAD, ids=lambda value: value)
+def test_bad_arguments_get_one_sentence(words, named, tmp_path, capsys, monkeypatch):
+    """In this process, to be quick; `command_line` is what the script runs."""
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *TINY.split(), "--out", str(tmp_path / "out"), *words.format(tmp=tmp_path).split()]
+    )
+    if "evil" in words:
+        torch.save({"x": range(3)}, tmp_path / "evil.pth")
+    if "short" in words:
+        state = filled("dinov2_vits14_pretrain")
+        del state["norm.bias"]
+        torch.save(state, tmp_path / "short.pth")
+    with pytest.raises(SystemExit) as stop:
+        data.command_line(train.main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and named in message
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert not list(tmp_path.glob("out/*.pt"))
+
+
+def test_bad_arguments_through_the_shell(finished, images, tmp_path):
+    for script, words, named in (
+        ("train.py", "--tokens 7 --image_size 16", "7"),
+        ("sample.py", f"{tmp_path}", "not a run"),
+        ("sample.py", f"{finished} --classes 3", "0..2"),
+        ("sample.py", f"{finished} --interval 0.7 0.1", "0.7"),
+        ("sample.py", f"{finished} --steps 0", "0 sampling steps"),
+        ("sample.py", f"{finished} --gidance 2", "--guidance"),
+        ("sample.py", f"{finished} --npz 4 --reconstruct {images}", "exclude"),
+        ("sample.py", f"{finished} --reconstruct {tmp_path}", "no images"),
+    ):
+        done = call(script, words)
+        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_batch_that_the_processes_do_not_divide():
+    config, _, _ = train.parse_config(["--batch_size", "9"])
+    with pytest.raises(data.UserError, match="cannot be divided among 2"):
+        train.check_config(config, data.Processes(0, 2, torch.device("cpu")))
+
+
+def copy_run(finished, tmp_path):
+    out = tmp_path / "copy"
+    out.mkdir()
+    for name in os.listdir(finished):
+        (out / name).write_bytes((finished / name).read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("damage, words, named", [
+    ("", "--lr 0.5", "lr 0.002"),
+    ("", "--tokens 8", "tokens 4"),
+    ("tokenizer.pt", "", "truncated"),
+    ("latents.bin", "", "truncated"),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
+    finished, images, tmp_path, damage, words, named, monkeypatch, capsys
+):
+    out = copy_run(finished, tmp_path)
+    if damage:
+        os.truncate(out / damage, os.path.getsize(out / damage) // 2)
+    before = {name: (out / name).read_bytes() for name in os.listdir(out) if name.endswith((".pt", ".bin"))}
+    arguments = f"{TINY} {TINY_STEPS} --data {images} --out {out} {words}".split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        data.command_line(train.main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and named in message
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_a_stale_latent_cache_is_refused(finished, images, tmp_path, monkeypatch, capsys):
+    out = copy_run(finished, tmp_path)
+    saved = torch.load(out / "decoder.pt", weights_only=True)
+    saved["ema"]["to_moments.bias"] += 1
+    torch.save(saved, out / "decoder.pt")
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *f"{TINY} {TINY_STEPS} --data {images} --out {out} --stage sit".split()]
+    )
+    with pytest.raises(SystemExit) as stop:
+        data.command_line(train.main)
+    assert stop.value.code == 2 and "another tokenizer" in capsys.readouterr().err
