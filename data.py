@@ -25,6 +25,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -38,10 +39,10 @@ class UserError(Exception):
 
 
 def command_line(main: Callable[[list[str]], None]) -> None:
-    """Run main(arguments); a UserError becomes one line on stderr (from rank 0) and exit code 2."""
+    """Run main(arguments); UserError and what the system refuses become one line on stderr (from rank 0) and exit code 2."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -125,6 +126,12 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def progress(steps, label: str, processes: Processes, **settings) -> tqdm:
+    """A progress bar on rank 0; where stderr is not a terminal it writes a line every half minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(steps, desc=label, mininterval=seconds, disable=not processes.first, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

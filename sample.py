@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, load_checkpoint
-from data import replacing, split, to_float, to_uint8, write_image, write_text
+from data import progress, replacing, split, to_float, to_uint8, write_image, write_text
 from sit import SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
@@ -114,7 +113,7 @@ def write_npz(
     side, mine = run.config["image_size"], processes.share(count)
     with open(raw, "r+b") as file:
         file.seek(mine.start * side * side * 3)
-        for start in tqdm(range(mine.start, mine.stop, batch), desc="samples", disable=not processes.first):
+        for start in progress(range(mine.start, mine.stop, batch), "samples", processes):
             indices = list(range(start, min(start + batch, mine.stop)))
             labels = torch.tensor([label_of(i, classes) for i in indices])
             images = generate(run, sampler, labels, indices, processes.device)

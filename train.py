@@ -15,7 +15,6 @@ Stages, each with its own checkpoint in --out, done in turn unless --stage picks
 import copy
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -36,7 +35,7 @@ import masking
 from align import HOG, Alignment, DINOv2
 from data import BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError, as_user_error
 from data import batch_indices, command_line, load_checkpoint, loader, replacing, save_checkpoint, split, state_hash
-from data import to_float, write_image, write_text
+from data import progress, to_float, write_image, write_text
 from fid import psnr, ssim
 from sample import Run, Sampler, build_tokenizer, class_grid, reconstruct
 from sit import SiT, drop_labels, flow_matching_loss
@@ -67,23 +66,21 @@ class Config:
     teacher: str = arg("hog", 'what z is aligned with: "hog", or the path of an official DINOv2 file (paper: DINOv2-B)')
     encoder_init: str = arg("", "path of an official DINOv2 file of the encoder's width to start from (paper: DINOv2)")
     mask: str = arg("mixed", "mixed (paper), random, semantic, none, or latent (the paper's failing ablation)")
-    mask_ratio: float = arg(0.7, "M in m = max(0, U(-0.1, M)) (paper: 0.7)")
-    kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours)")
-    align_weight: float = arg(0.1, "of local + global alignment (ours)")
+    mask_ratio: float = arg(0.4, "M in m = max(0, U(-0.1, M)) (paper: 0.7)")
+    kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours: 1e-6)")
+    align_weight: float = arg(0.02, "of local + global alignment (ours: 0.1)")
     # its training
     batch_size: int = arg(16, "images per step over all processes (paper: 256; 128 at 512 px)")
     micro_batch: int = arg(0, "images per forward and process, the rest is accumulated; 0 = all of the process's share")
     lr: float = arg(2e-3, "peak, AdamW, cosine to zero (paper: 1e-4)")
     warmup_steps: int = arg(50, "linear warm-up of lr (paper: 5000; 10000 at 512 px)")
-    tokenizer_steps: int = arg(2400, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
-    decoder_steps: int = arg(100, "steps of stage decoder (paper: 10 epochs)")
+    tokenizer_steps: int = arg(2600, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
+    decoder_steps: int = arg(200, "steps of stage decoder (paper: 10 epochs)")
     # SiT and its training
     sit: str = arg("toy", "SiT size: toy, S, B, L, XL (paper: XL)")
     sit_batch_size: int = arg(64, "latents per step over all processes (paper: 256)")
     sit_lr: float = arg(1e-3, "constant after warm-up (paper: 1e-4)")
-    sit_steps: int = arg(
-        500, "steps of stage sit (ours: 4M is SiT's own schedule, 400K the shortest in the literature)"
-    )
+    sit_steps: int = arg(2300, "steps of stage sit (ours: 400000)")
     sample_steps: int = arg(50, "solver steps of the samples at the end (paper: 250)")
     guidance: float = arg(3.0, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
     # the run
@@ -97,10 +94,11 @@ class Config:
 
 
 FULL = {
-    "image_size": 256, "patch_size": 16, "tokens": 128, "channels": 32, "size": "B", "batch_size": 256, "micro_batch": 32,
-    "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000, "sit": "XL", "sit_batch_size": 256, "sit_lr": 1e-4,
-    "sit_steps": 400_000, "guidance": 2.3, "ema_decay": 0.9999, "eval_images": 5_000, "log_every": 100, "save_every": 5_000,
-    "workers": 8, "sample_steps": 250,
+    "image_size": 256, "patch_size": 16, "tokens": 128, "channels": 32, "size": "B",
+    "mask_ratio": 0.7, "align_weight": 0.1,
+    "batch_size": 256, "micro_batch": 32, "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000,
+    "sit": "XL", "sit_batch_size": 256, "sit_lr": 1e-4, "sit_steps": 400_000, "sample_steps": 250, "guidance": 2.3,
+    "ema_decay": 0.9999, "eval_images": 5_000, "log_every": 100, "save_every": 5_000, "workers": 8,
 }  # fmt: skip
 AT_512 = {
     "image_size": 512, "batch_size": 128, "micro_batch": 8, "warmup_steps": 10_000, "tokenizer_steps": 500_000,
@@ -114,32 +112,10 @@ PRESETS = {
     "bl512": FULL | AT_512 | {"size": "BL", "tokens": 64, "guidance": 2.4},
 }
 
-POSITIVE = ("tokenizer_steps", "decoder_steps", "sit_steps", "batch_size", "sit_batch_size", "eval_images", "log_every")
-POSITIVE += ("save_every", "sample_steps")
-NOT_NEGATIVE = (
-    "micro_batch",
-    "warmup_steps",
-    "workers",
-    "seed",
-    "kl_weight",
-    "align_weight",
-    "lr",
-    "sit_lr",
-    "guidance",
-)
+POSITIVE = "tokenizer_steps decoder_steps sit_steps batch_size sit_batch_size eval_images log_every save_every sample_steps".split()
+NOT_NEGATIVE = "micro_batch warmup_steps workers seed kl_weight align_weight lr sit_lr guidance".split()
 # Fields that may change between a checkpoint and its resumption, and those that only the later stages read.
-FREE = {
-    "data",
-    "out",
-    "micro_batch",
-    "eval_images",
-    "log_every",
-    "save_every",
-    "workers",
-    "compile",
-    "guidance",
-    "sample_steps",
-}
+FREE = set("data out micro_batch log_every save_every workers compile guidance sample_steps".split())
 LATER = {"tokenizer": {"decoder_steps", "sit", "sit_batch_size", "sit_lr", "sit_steps"}}
 LATER["decoder"] = LATER["tokenizer"] - {"decoder_steps"}
 LATER["sit"] = {"sit_steps", "decoder_steps"}  # a constant learning rate: it may be trained for longer
@@ -342,42 +318,54 @@ def fit(job: Job, world: World) -> nn.Module:
     trained = [p for p in job.objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.lr(0), betas=(0.9, 0.95), weight_decay=1e-4, fused=True)  # paper B.1
     first = resume(job, world, ema, optimizer)
+    if processes.first:  # not before: a refused command must not rewrite what the run was made with
+        write_text(json.dumps(asdict(config), indent=1), world.path("config.json"))
     if first >= job.steps:
         return ema
     forward = torch.compile(job.objective) if config.compile else job.objective
-    forward = DistributedDataParallel(forward) if processes.world > 1 else forward
+    if processes.world > 1:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     pieces = micro_rows(job.batch_size, config.micro_batch, processes)
     skipped = torch.zeros(2, device=processes.device)  # non-finite steps: in all, and in a row
     meter = Meter(job, world, first)
     batches = job.batches(first)
     with StopSignals() as stop:
-        for step in tqdm(
-            range(first, job.steps), desc=job.stage, initial=first, total=job.steps, disable=not processes.first
-        ):
-            batch = next(batches)
-            for rows in pieces:
-                last = rows is pieces[-1]
-                local = slice(rows.start - pieces[0].start, rows.stop - pieces[0].start)
-                with autocast(processes.device), nullcontext() if last or processes.world == 1 else forward.no_sync():
-                    loss, logs = forward(
-                        *job.inputs(batch, local, rows, step_generator(config.seed, job.stage, step, processes.device))
-                    )
-                    (loss / len(pieces)).backward()
-                meter.add(logs, 1 / len(pieces))
+        bar = progress(range(first, job.steps), job.stage, processes, initial=first, total=job.steps)
+        for step in bar:
+            accumulate(forward, job, world, next(batches), pieces, step, meter)
             norm = update(optimizer, trained, job.lr(step), config.grad_clip, skipped)
             update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
             meter.add({"grad_norm": norm}, 1)
             done = step + 1
             logged = done % config.log_every == 0 or done == job.steps
             if logged:
-                meter.write(done, job.lr(step), skipped)
-            stopping = stop.agreed(processes) if logged or processes.world == 1 else False
+                line = meter.write(done, job.lr(step), skipped)
+                bar.set_postfix_str(f"loss {line['loss']:.4f}")
+            stopping = (
+                stop.agreed(processes) if logged or processes.world == 1 else False
+            )  # asking the others costs a wait
             if stopping or done % config.save_every == 0 or done == job.steps:
                 save(job, world, ema, optimizer, done)
             if stopping and done < job.steps:
                 message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
                 sys.exit(message if processes.first else 1)
     return ema
+
+
+def accumulate(
+    forward: nn.Module, job: Job, world: World, batch: tuple, pieces: list[slice], step: int, meter: "Meter"
+) -> None:
+    """Gradients of the mean loss over the global batch, in pieces; they are exchanged once, with the last piece."""
+    device = world.processes.device
+    for rows in pieces:
+        local = slice(rows.start - pieces[0].start, rows.stop - pieces[0].start)
+        generator = step_generator(world.config.seed, job.stage, step, device)
+        waiting = rows is not pieces[-1] and world.processes.world > 1
+        with forward.no_sync() if waiting else nullcontext():
+            with autocast(device):
+                loss, logs = forward(*job.inputs(batch, local, rows, generator))
+            (loss / len(pieces)).backward()
+        meter.add(logs, 1 / len(pieces))
 
 
 def update(
@@ -447,6 +435,8 @@ class StopSignals:
 
     def agreed(self, processes: Processes) -> bool:
         """True on all processes if any was signalled; all must ask at the same step."""
+        if processes.world == 1:
+            return self.received
         return bool(processes.sum(torch.tensor(float(self.received), device=processes.device)) > 0)
 
 
@@ -456,6 +446,7 @@ class Meter:
     def __init__(self, job: Job, world: World, first: int):
         self.job, self.world = job, world
         self.path = world.path("log.jsonl")
+        self.warned = False
         if world.processes.first:
             drop_lines_after(self.path, job.stage, first)
         self.reset(first)
@@ -469,8 +460,8 @@ class Meter:
         for key, value in logs.items():
             self.sums[key] = self.sums.get(key, 0) + weight * value.detach().float()
 
-    def write(self, step: int, lr: float, skipped: Tensor) -> None:
-        """Average over steps and processes, print warnings, append the line; UserError if the run cannot go on."""
+    def write(self, step: int, lr: float, skipped: Tensor) -> dict:
+        """Average over steps and processes, print warnings, append the line, return it; UserError if the run cannot go on."""
         processes, steps = self.world.processes, step - self.start
         averages = {key: processes.mean(value / steps) for key, value in self.sums.items()}
         seconds = time.perf_counter() - self.time
@@ -484,13 +475,15 @@ class Meter:
             with open(self.path, "a") as file:
                 file.write(json.dumps({key: tidy(value) for key, value in line.items()}) + "\n")
             warning = collapse_warning(line)
-            if warning:
+            if warning and not self.warned:
                 tqdm.write(warning, file=sys.stderr)
+            self.warned = bool(warning)
         if skipped[1] >= MAX_BAD_STEPS:
             raise UserError(
                 f"the last {int(skipped[1])} steps of stage {self.job.stage} had non-finite gradients and were skipped; "
                 f"the checkpoint before them is kept: resume with a lower learning rate"
             )
+        return line
 
 
 def tidy(value: float | int | str) -> float | int | str | None:
@@ -515,6 +508,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on the GPU, or that the process took on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # Windows has no such counter in the standard library
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -532,15 +529,31 @@ def save(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimize
 
 def resume(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the stage's checkpoint if there is one -> the first step still to do. UserError if it is of another run."""
-    path = world.path(f"{job.stage}.pt")
-    if not path.exists():
+    saved = load_stage(world, job.stage)
+    if saved is None:
         return 0
-    saved = load_checkpoint(path)
-    check_same_run(path, saved, world, job.stage)
     job.objective.load_state_dict(saved["model"])
     ema.load_state_dict(saved["ema"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
+
+
+def load_stage(world: World, stage: str) -> dict | None:
+    """The checkpoint of a stage, or None where there is none. UserError if it is damaged or of another run."""
+    path = world.path(f"{stage}.pt")
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path)
+    check_same_run(path, saved, world, stage)
+    return saved
+
+
+def is_done(world: World, stage: str) -> bool:
+    """Whether a stage has nothing left to do."""
+    if stage == "latents":
+        return world.path("latents.bin").exists() and bool(open_latents(world, load_trained_tokenizer(world)))
+    saved = load_stage(world, stage)
+    return saved is not None and saved["step"] >= getattr(world.config, f"{stage}_steps")
 
 
 def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
@@ -563,14 +576,11 @@ def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
 
 def load_finished(world: World, stage: str) -> dict:
     """The checkpoint of an earlier stage. UserError if it is missing, unfinished or of another run."""
-    path = world.path(f"{stage}.pt")
-    if not path.exists():
-        raise UserError(f"{path} does not exist; run the stage {stage} first")
-    saved = load_checkpoint(path)
-    check_same_run(path, saved, world, stage)
-    steps = getattr(world.config, f"{stage}_steps")
+    saved, steps = load_stage(world, stage), getattr(world.config, f"{stage}_steps")
+    if saved is None:
+        raise UserError(f"{world.path(stage)}.pt does not exist; run the stage {stage} first")
     if saved["step"] < steps:
-        raise UserError(f"{path} is at step {saved['step']} of {steps}; finish the stage {stage} first")
+        raise UserError(f"{world.path(stage)}.pt is at step {saved['step']} of {steps}; finish the stage {stage} first")
     return saved
 
 
@@ -670,15 +680,20 @@ def load_trained_tokenizer(world: World) -> Tokenizer:
     return tokenizer.to(world.processes.device).eval()
 
 
+def open_latents(world: World, tokenizer: Tokenizer) -> LatentCache:
+    """latents.bin. UserError if it is missing, damaged or stale."""
+    return LatentCache(world.path("latents.bin"), encoder_stamp(world, tokenizer))
+
+
 @torch.no_grad()
 def cache_latents(world: World) -> None:
     """Stage latents: posterior moments of each training image and its mirror image -> latents.bin."""
     config, processes, path = world.config, world.processes, world.path("latents.bin")
     tokenizer = load_trained_tokenizer(world)
-    stamp = encoder_stamp(world, tokenizer)
     if path.exists():
-        LatentCache(path, stamp)
+        open_latents(world, tokenizer)
         return
+    stamp = encoder_stamp(world, tokenizer)
     mine, count = processes.share(len(world.train_items)), len(world.train_items)
     lists = [
         [int(world.train_items[i]) for i in range(s, min(s + 64, mine.stop))] for s in range(mine.start, mine.stop, 64)
@@ -690,9 +705,7 @@ def cache_latents(world: World) -> None:
             LatentCache.seal(temporary, header)
         processes.barrier()
         row = mine.start
-        for images, labels, bad in tqdm(
-            loader(world.dataset, lists, config.workers), desc="latents", disable=not processes.first
-        ):
+        for images, labels, bad in progress(loader(world.dataset, lists, config.workers), "latents", processes):
             world.bad.note(bad)
             images = to_float(images.to(processes.device))
             with autocast(processes.device):
@@ -712,7 +725,7 @@ def sit_job(world: World) -> Job:
     """Stage sit: z is sampled anew from the cached posterior at each step."""
     config, device = world.config, world.processes.device
     tokenizer = load_trained_tokenizer(world)
-    cache = LatentCache(world.path("latents.bin"), encoder_stamp(world, tokenizer))
+    cache = open_latents(world, tokenizer)
     tokenizer.latent_mean.copy_(torch.tensor(cache.header["latent_mean"]))
     tokenizer.latent_std.copy_(torch.tensor(cache.header["latent_std"]))
     num_classes = len(world.dataset.classes)
@@ -895,11 +908,11 @@ def main(arguments: list[str]) -> None:
     if dry:
         return dry_run(world)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    if processes.first:
-        write_text(json.dumps(asdict(config), indent=1), world.path("config.json"))
     path = world.path("result.json")
     result = json.loads(path.read_text()) if path.exists() else {}
     for name in STAGES if stage == "all" else (stage,):
+        if name in result and is_done(world, name):
+            continue
         start = time.perf_counter()
         result[name] = run_stage(name, world)
         result[name]["seconds"] = round(time.perf_counter() - start, 1)

@@ -76,7 +76,7 @@ def command(script: str, *words: str, processes: int = 1) -> list[str]:
 
 def call(script: str, *words: str, processes: int = 1, **settings) -> subprocess.CompletedProcess:
     """Run a script of the project to its end, on one thread per process."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command(script, *words, processes=processes), capture_output=True, text=True, env=env, **settings
     )

@@ -1,0 +1,148 @@
+"""Speed of the parts: images/s, FLOP/s and their share of a measured matmul peak, peak memory. A GPU is used when there is one.
+
+    python tests/bench.py                              # the toy preset
+    python tests/bench.py --preset b256 --batch 32     # tokenizer B at 256 px, SiT-XL at 128 tokens
+    python tests/bench.py --preset b256 --batch 32 --compile
+
+A line's FLOPs are counted by PyTorch (matrix products and convolutions, 2 per multiply-add), forward and backward. The
+peak is the best of some square and model-shaped matrix products in the precision that training uses, measured in the
+same run: on a busy machine compare shares, not times.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from align import HOG
+from data import ImageFolder, Parser, Processes, Shapes, batch_indices, command_line, loader
+from masking import mask_ratio, random_mask
+from sample import build_tokenizer
+from sit import SiT, sample, seeded_noise
+from train import SiTObjective, TokenizerObjective, autocast, parse_config, peak_memory, synchronize, update
+
+
+def seconds_of(step: Callable[[], object], device: torch.device, least: float = 2.0) -> float:
+    """Median seconds of step() after two warm-up calls, over at least `least` seconds and 3 calls."""
+    times = []
+    while len(times) < 5 or sum(times[2:]) < least:
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[len(times[2:]) // 2]
+
+
+def matmul_peak(device: torch.device) -> float:
+    """The best FLOP/s of matrix products, in the precision that training uses."""
+    best = 0.0
+    for m, k, n in ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 768, 3072), (4608, 128, 512)):
+        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+        if device.type == "cuda":
+            a, b = a.bfloat16(), b.bfloat16()
+        best = max(best, 2 * m * k * n / seconds_of(lambda a=a, b=b: a @ b, device, 0.3))
+    return best
+
+
+def report(name: str, step: Callable[[], object], images: int, device: torch.device, peak: float) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = seconds_of(step, device)
+    speed = counter.get_total_flops() / seconds
+    share = f"{100 * speed / peak:5.1f} %" if speed else "      -"
+    memory = peak_memory(device) / 1e9
+    print(
+        f"{name:34} {images / seconds:12.1f} {1e3 * seconds:10.1f} {speed / 1e9:10.1f} {share:>8} {memory:8.2f}",
+        flush=True,
+    )
+
+
+def training_step(
+    objective: torch.nn.Module, inputs: Callable[[], tuple], device: torch.device, compiled: bool
+) -> Callable:
+    """Forward, backward and optimizer step, as train.fit does them."""
+    objective.to(device).train()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    skipped = torch.zeros(2, device=device)
+    forward = torch.compile(objective) if compiled else objective
+
+    def step():
+        with autocast(device):
+            loss, _ = forward(*inputs())
+        loss.backward()
+        update(optimizer, trained, 1e-4, 1.0, skipped)
+
+    return step
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--preset", default="toy", help="whose sizes to measure")
+    parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args(arguments)
+    config, _, _ = parse_config(["--preset", args.preset])
+    device = Processes.start().device
+    batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
+    peak = matmul_peak(device)
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:.0f} GFLOP/s, preset {args.preset}"
+    )
+    print(f"{'':34} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
+
+    tokenizer, size, grid = build_tokenizer(asdict(config)), config.image_size, config.image_size // config.patch_size
+    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+    teacher, generator = HOG(grid), torch.Generator(device).manual_seed(0)
+
+    def tokenizer_inputs():
+        noise = torch.randn(batch, config.tokens, config.channels, generator=generator, device=device)
+        mask = random_mask(mask_ratio(batch, generator=generator), grid**2, generator)
+        return images, mask, None, noise, *teacher(images)
+
+    step = training_step(TokenizerObjective(config, tokenizer, teacher.width), tokenizer_inputs, device, args.compile)
+    report(f"tokenizer {config.size} step, batch {batch}", step, batch, device, peak)
+
+    sit = SiT(config.tokens, config.channels, 10, config.sit)
+    x = torch.randn(sit_batch, config.tokens, config.channels, device=device)
+    y, t = torch.arange(sit_batch, device=device) % 10, torch.rand(sit_batch, device=device)
+    step = training_step(SiTObjective(sit), lambda: (x, y, t, torch.randn_like(x)), device, args.compile)
+    report(f"sit {config.sit} step, batch {sit_batch}", step, sit_batch, device, peak)
+
+    steps, few = 10, min(16, sit_batch)
+
+    def sampling():
+        noise = seeded_noise(0, list(range(few)), (config.tokens, config.channels), device)
+        z = sample(sit, noise, y[:few], 10, "sde", steps, 2.0, (0.0, 0.7))
+        with torch.no_grad():
+            tokenizer.decode(z.float())
+
+    report(f"sampling, {steps} SDE steps, batch {few}", sampling, few, device, peak)
+
+    def load(dataset, workers):
+        batches = iter(
+            loader(dataset, [batch_indices(len(dataset), 32, 0, i, slice(0, 32)) for i in range(10_000)], workers)
+        )
+        return lambda: next(batches)
+
+    report("loading shapes", load(Shapes(size), 0), 32, device, peak)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            image = Shapes(32)[i][0].permute(1, 2, 0).numpy()
+            Image.fromarray(image).resize((500, 400)).save(f"{folder}/{i}.jpg")
+        report(f"loading 500 x 400 JPEG at {size} px", load(ImageFolder(folder, size), 0), 32, device, peak)
+
+
+if __name__ == "__main__":
+    command_line(main)
