@@ -74,13 +74,13 @@ class Config:
     micro_batch: int = arg(0, "images per forward and process, the rest is accumulated; 0 = all of the process's share")
     lr: float = arg(2e-3, "peak, AdamW, cosine to zero (paper: 1e-4)")
     warmup_steps: int = arg(50, "linear warm-up of lr (paper: 5000; 10000 at 512 px)")
-    tokenizer_steps: int = arg(2600, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
-    decoder_steps: int = arg(200, "steps of stage decoder (paper: 10 epochs)")
+    tokenizer_steps: int = arg(2400, "steps of stage tokenizer (paper: 250000; 500000 at 512 px)")
+    decoder_steps: int = arg(150, "steps of stage decoder (paper: 10 epochs)")
     # SiT and its training
     sit: str = arg("toy", "SiT size: toy, S, B, L, XL (paper: XL)")
     sit_batch_size: int = arg(64, "latents per step over all processes (paper: 256)")
     sit_lr: float = arg(1e-3, "constant after warm-up (paper: 1e-4)")
-    sit_steps: int = arg(2300, "steps of stage sit (ours: 400000)")
+    sit_steps: int = arg(2000, "steps of stage sit (ours: 400000)")
     sample_steps: int = arg(50, "solver steps of the samples at the end (paper: 250)")
     guidance: float = arg(3.0, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
     # the run
