@@ -39,6 +39,8 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(14, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], grid: int) -> "DINOv2":
@@ -92,8 +94,7 @@ class DINOv2(nn.Module):
         check_range(images)
         side = 14 * self.grid
         images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
-        mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
-        cls, _, patches = self.features((images / 2 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        cls, _, patches = self.features((images / 2 + 0.5 - self.mean) / self.std)
         return cls, patches
 
 

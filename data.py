@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -43,7 +44,7 @@ def command_line(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a UserError is the same on all ranks
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -73,11 +74,11 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def as_user_error(subject: str = ""):
-    """Turn the ValueError of a component that was given the user's values into a UserError."""
+    """Turn what a component says of the user's values or files into a UserError."""
     try:
         yield
-    except ValueError as error:
-        raise UserError(f"{subject}{error}") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{subject}{str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,19 @@ class Processes:
 
     @staticmethod
     def start() -> "Processes":
-        """Join torchrun's process group if there is one: nccl with CUDA, gloo without."""
+        """Join torchrun's process group if there is one: nccl for CUDA tensors, gloo for those on the CPU."""
         cuda = torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
+            if local >= torch.cuda.device_count():
+                raise UserError(f"process {local} has no GPU of its own: this machine has {torch.cuda.device_count()}")
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if "RANK" not in os.environ:
             return Processes(0, 1, device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         return Processes(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -110,12 +113,6 @@ class Processes:
     def share(self, count: int) -> range:
         """This process's part of range(count): contiguous, sizes differing by at most one."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over all processes."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values / self.world
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
@@ -166,7 +163,7 @@ def read_image(path: str | Path) -> Image.Image:
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
         raise OSError(str(error)) from error
 
 
@@ -178,8 +175,8 @@ def image_tensor(image: Image.Image) -> Tensor:
 class ImageFolder(Dataset):
     """Images of a folder: one sub-folder per class (sorted by name), or flat and without classes.
 
-    item: uint8 (3, size, size), label (0 in a flat folder, where num_classes is 0), and -1, or the item's own index if its file
-    could not be read and the next readable one stands in for it. Raises UserError for a folder without images.
+    item: uint8 (3, size, size), label (0 in a flat folder, which has no classes), and -1, or the item's own index if its
+    file could not be read and the next readable one stands in for it. Raises UserError for a folder without images.
     """
 
     def __init__(self, root: str | Path, size: int):
@@ -205,14 +202,14 @@ class ImageFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        for shift in range(len(self)):
+        for shift in range(100):
             i = (index + shift) % len(self)
             try:
                 image = read_image(self.paths[i])
-                return image_tensor(center_crop(image, self.size)), self.labels[i], -1 if shift == 0 else index
             except OSError:
                 continue
-        raise UserError(f"no image of {self.root} can be read")
+            return image_tensor(center_crop(image, self.size)), self.labels[i], -1 if shift == 0 else index
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.labels[index], index
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -317,8 +314,13 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     held_out = min(held_out, count // 10)
     if held_out == 0:
         return np.arange(count), np.arange(count)
-    held = np.linspace(0, count - 1, held_out).round().astype(int)
+    held = spread(count, held_out)
     return np.setdiff1d(np.arange(count), held), held
+
+
+def spread(count: int, picks: int) -> np.ndarray:
+    """At most `picks` of range(count), evenly spaced from the first to the last."""
+    return np.linspace(0, count - 1, min(picks, count)).round().astype(int)
 
 
 @lru_cache(maxsize=2)
@@ -353,7 +355,14 @@ def loader(dataset: Dataset, sampler: Sampler | list[list[int]], workers: int) -
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and torchrun signal the workers too; the training process still needs their batch to end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BadFiles:
@@ -391,11 +400,12 @@ def replacing(path: str | Path):
     """Gives a temporary path beside `path`, which is renamed to `path` at the end, or removed if anything goes wrong."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
         kept = "the previous one is kept" if path.exists() else "nothing was written"
         raise UserError(f"cannot write {path} ({reason}); {kept}, make room and run the same command again") from error
     finally:
@@ -405,25 +415,27 @@ def replacing(path: str | Path):
 def save_checkpoint(content: dict, path: str | Path) -> None:
     """torch.save, whole or not at all."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A dict of tensors and plain values, on the CPU. Pickled code is refused; every failure is a UserError."""
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
+    """A dict of tensors and plain values, on the CPU. Pickled code is refused; every failure is a UserError.
+
+    mmap reads only the parts that are used; files of other projects may be too old for it.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # released SiT checkpoints hold their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        pickled = "weights_only" in str(error) or "Unsupported" in str(error)
-        reason = (
-            "it holds pickled code, which is never run"
-            if pickled
-            else f"truncated or not a PyTorch file ({first[:120]})"
-        )
+        pickled = "GLOBAL" in str(error)
+        reason = "it holds pickled code, which is never run" if pickled else "it is truncated or not a PyTorch file"
         raise UserError(f"{path} cannot be loaded: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")

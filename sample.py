@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, load_checkpoint
-from data import progress, replacing, split, to_float, to_uint8, write_image, write_text
+from data import progress, replacing, spread, to_float, to_uint8, write_image, write_text
 from sit import SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerSettings:
     """Everything that the samples depend on besides the model; see sit.sample."""
 
     solver: str = "sde"
@@ -58,28 +58,33 @@ def load_run(folder: str | Path, device: torch.device) -> Run:
     if path is None:
         names = ", ".join(p.name for p in paths)
         raise UserError(f"{folder} is not a run: it has none of {names}; make one with train.py --out {folder}")
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path, mmap=True)
     if not {"config", "classes", "ema"} <= saved.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it has no config, classes or ema")
     with as_user_error(f"{path}: "):
         tokenizer = build_tokenizer(saved["config"])
+        tokenizer.load_state_dict(saved.get("tokenizer", saved["ema"]))
         sit = None
         if path.name == "sit.pt":
             sit = SiT(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), saved["config"]["sit"])
             sit.load_state_dict(saved["ema"])
             sit = sit.to(device).eval()
-    tokenizer.load_state_dict(saved["tokenizer"] if sit else saved["ema"])
+            if paths[1].exists():  # the stage decoder may have been run again since
+                decoder = {
+                    k: v for k, v in load_checkpoint(paths[1], mmap=True)["ema"].items() if k.startswith("decoder.")
+                }
+                tokenizer.load_state_dict(decoder, strict=False)
     return Run(saved["config"], saved["classes"], tokenizer.to(device).eval(), sit)
 
 
 @torch.no_grad()
-def generate(run: Run, sampler: Sampler, labels: Tensor, indices: list[int], device: torch.device) -> Tensor:
+def generate(run: Run, sampler: SamplerSettings, labels: Tensor, indices: list[int], device: torch.device) -> Tensor:
     """Samples number `indices` with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU."""
     shape = (run.tokenizer.tokens, run.tokenizer.channels)
     noise = seeded_noise(sampler.seed, indices, shape, device)
     null_label = len(run.classes)
-    guidance = sampler.guidance if run.classes else 1.0
-    x = sample(run.sit, noise, labels.to(device), null_label, sampler.solver, sampler.steps, guidance, sampler.interval)
+    settings = (sampler.solver, sampler.steps, sampler.guidance, sampler.interval)
+    x = sample(run.sit, noise, labels.to(device), null_label, *settings)
     return to_uint8(run.tokenizer.decode(run.tokenizer.denormalize(x.float()))).cpu()
 
 
@@ -90,7 +95,12 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     return to_uint8(tokenizer.decode(tokenizer.encode(to_float(images.to(device))).mean)).cpu()
 
 
-def class_grid(run: Run, sampler: Sampler, classes: list[int], columns: int, device: torch.device) -> Tensor:
+def default_guidance(run: Run) -> float:
+    """The config's scale; 1 (none) for a run without classes."""
+    return run.config["guidance"] if run.classes else 1.0
+
+
+def class_grid(run: Run, sampler: SamplerSettings, classes: list[int], columns: int, device: torch.device) -> Tensor:
     """One row of samples per class -> uint8 (rows, columns, 3, S, S)."""
     labels = torch.tensor(classes).repeat_interleave(columns)
     rows = generate(run, sampler, labels, list(range(len(labels))), device)
@@ -103,7 +113,7 @@ def label_of(index: int, classes: list[int]) -> int:
 
 
 def write_npz(
-    run: Run, sampler: Sampler, classes: list[int], count: int, batch: int, path: Path, processes: Processes
+    run: Run, sampler: SamplerSettings, classes: list[int], count: int, batch: int, path: Path, processes: Processes
 ) -> None:
     """Exactly `count` samples by all processes -> path with arr_0 uint8 (N, S, S, 3) and arr_1 int64 labels (N,)."""
     raw = path.with_name(path.name + ".raw")  # plain bytes that every process writes its rows into
@@ -149,8 +159,7 @@ def reconstruction_grid(run: Run, folder: str, columns: int) -> Tensor:
     """Two rows: images of `folder` (or "shapes", the built-in ones), evenly spaced, above their reconstructions."""
     size = run.config["image_size"]
     dataset = Shapes(size) if folder == "shapes" else ImageFolder(folder, size)
-    picks = split(len(dataset), columns)[1]
-    images = torch.stack([dataset[int(i)][0] for i in picks[:columns]])
+    images = torch.stack([dataset[int(i)][0] for i in spread(len(dataset), columns)])
     return torch.stack([images, reconstruct(run.tokenizer, images)])
 
 
@@ -201,22 +210,24 @@ def main(arguments: list[str]) -> None:
     if run.sit is None:
         raise UserError(f"{args.run} has no sit.pt yet, so it can only --reconstruct; train its sit stage to sample")
     classes = parse_classes(args.classes, run.classes)
+    if not args.npz and not args.classes:
+        classes = classes[:10]
     if args.guidance is not None and args.guidance > 1 and not run.classes:
         raise UserError(f"--guidance {args.guidance} needs classes, and this run was trained without")
-    guidance = run.config["guidance"] if args.guidance is None else args.guidance
+    guidance = default_guidance(run) if args.guidance is None else args.guidance
     steps = run.config["sample_steps"] if args.steps is None else args.steps
-    sampler = Sampler(args.solver, steps, guidance, tuple(args.interval), args.seed)
+    sampler = SamplerSettings(args.solver, steps, guidance, tuple(args.interval), args.seed)
     with as_user_error():
         check_sampler(sampler.solver, sampler.steps, sampler.guidance, sampler.interval)
     path = Path(args.out or Path(args.run) / ("samples.npz" if args.npz else "samples.png"))
     if args.npz:
         write_npz(run, sampler, classes, args.npz, args.batch_size, path, processes)
     elif processes.first:
-        write_image(class_grid(run, sampler, classes[:10], args.columns, processes.device), path)
+        write_image(class_grid(run, sampler, classes, args.columns, processes.device), path)
     if processes.first:
         settings = {
             "run": str(args.run),
-            "count": args.npz or len(classes[:10]) * args.columns,
+            "count": args.npz or len(classes) * args.columns,
             "classes": classes,
             **asdict(sampler),
         }

@@ -145,6 +145,8 @@ def interpolant(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor
     """alpha, sigma and their time derivatives at t, for x_t = alpha x + sigma noise. path: "linear" (paper) or "cosine"."""
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path != "cosine":
+        raise ValueError(f"path is {path!r}; it must be linear or cosine")
     half_pi = math.pi / 2
     alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
     return alpha, sigma, -half_pi * sigma, half_pi * alpha

@@ -218,7 +218,8 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Posterior:
         """images (B, 3, H, W) in [-1, 1] -> Posterior of (B, L, C). The mask is used in training mode only."""
         x = self.encoder(images, mask if self.training else None)
-        mean, logvar = self.to_moments(x).float().chunk(2, dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            mean, logvar = self.to_moments(x.float()).chunk(2, dim=-1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -34,16 +34,27 @@ from tqdm import tqdm
 import masking
 from align import HOG, Alignment, DINOv2
 from data import BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError, as_user_error
-from data import batch_indices, command_line, load_checkpoint, loader, replacing, save_checkpoint, split, state_hash
+from data import (
+    batch_indices,
+    command_line,
+    load_checkpoint,
+    loader,
+    replacing,
+    save_checkpoint,
+    split,
+    spread,
+    state_hash,
+)
 from data import progress, to_float, write_image, write_text
 from fid import psnr, ssim
-from sample import Run, Sampler, build_tokenizer, class_grid, reconstruct
+from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, reconstruct
 from sit import SiT, drop_labels, flow_matching_loss
 from tokenizer import Tokenizer, load_dinov2
 
 STAGES = ("tokenizer", "decoder", "latents", "sit")
 MASKS = ("mixed", "random", "semantic", "latent", "none")
-MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run
+MAX_GRAD_NORM = 1.0  # (ours)
+MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run (ours)
 
 
 def arg(default, help: str):
@@ -79,13 +90,13 @@ class Config:
     # SiT and its training
     sit: str = arg("toy", "SiT size: toy, S, B, L, XL (paper: XL)")
     sit_batch_size: int = arg(64, "latents per step over all processes (paper: 256)")
-    sit_lr: float = arg(1e-3, "constant after warm-up (paper: 1e-4)")
+    sit_micro_batch: int = arg(0, "latents per forward and process, as micro_batch")
+    sit_lr: float = arg(1e-3, "constant (paper: 1e-4)")
     sit_steps: int = arg(2000, "steps of stage sit (ours: 400000)")
     sample_steps: int = arg(50, "solver steps of the samples at the end (paper: 250)")
     guidance: float = arg(3.0, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
     # the run
     ema_decay: float = arg(0.999, "of the weights that are evaluated, after a warm-up (paper: 0.9999)")
-    grad_clip: float = arg(1.0, "largest gradient norm (ours)")
     eval_images: int = arg(256, "images held out for PSNR and SSIM, at most a tenth of the data (ours)")
     log_every: int = arg(50, "steps between lines of log.jsonl")
     save_every: int = arg(500, "steps between checkpoints")
@@ -113,12 +124,12 @@ PRESETS = {
 }
 
 POSITIVE = "tokenizer_steps decoder_steps sit_steps batch_size sit_batch_size eval_images log_every save_every sample_steps".split()
-NOT_NEGATIVE = "micro_batch warmup_steps workers seed kl_weight align_weight lr sit_lr guidance".split()
-# Fields that may change between a checkpoint and its resumption, and those that only the later stages read.
-FREE = set("data out micro_batch log_every save_every workers compile guidance sample_steps".split())
-LATER = {"tokenizer": {"decoder_steps", "sit", "sit_batch_size", "sit_lr", "sit_steps"}}
-LATER["decoder"] = LATER["tokenizer"] - {"decoder_steps"}
-LATER["sit"] = {"sit_steps", "decoder_steps"}  # a constant learning rate: it may be trained for longer
+NOT_NEGATIVE = "micro_batch sit_micro_batch warmup_steps workers seed kl_weight align_weight lr sit_lr guidance".split()
+# Fields that may differ between a checkpoint and its resumption: for every stage, and those that a stage does not read.
+FREE = set("data out micro_batch sit_micro_batch log_every save_every workers compile guidance sample_steps".split())
+SIT_FIELDS = set("sit sit_batch_size sit_lr sit_steps".split())
+UNREAD = {"tokenizer": SIT_FIELDS | {"decoder_steps"}, "decoder": SIT_FIELDS}
+UNREAD["sit"] = {"sit_steps", "decoder_steps"}  # its learning rate is constant: it may be trained for longer
 
 
 def parse_config(arguments: list[str]) -> tuple[Config, str, bool]:
@@ -160,28 +171,30 @@ def check_config(config: Config, processes: Processes) -> None:
     for name in ("mask_ratio", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} is {getattr(config, name)}; it must lie in [0, 1]")
-    if config.grad_clip <= 0:
-        raise UserError(f"--grad_clip is {config.grad_clip}; it must be above 0")
+    if config.image_size < 11:
+        raise UserError(f"--image_size is {config.image_size}; SSIM needs at least 11")
     if config.mask not in MASKS:
         raise UserError(f"--mask is {config.mask!r}; it must be one of {', '.join(MASKS)}")
-    for name in ("batch_size", "sit_batch_size"):
-        micro_rows(getattr(config, name), config.micro_batch, processes, name)
+    for prefix in ("", "sit_"):
+        micro_rows(getattr(config, f"{prefix}batch_size"), getattr(config, f"{prefix}micro_batch"), processes, prefix)
     with as_user_error(), torch.device("meta"):
         build_tokenizer(asdict(config))
         SiT(config.tokens, config.channels, 0, config.sit)
 
 
-def micro_rows(batch: int, micro_batch: int, processes: Processes, name: str = "batch_size") -> list[slice]:
+def micro_rows(batch: int, micro_batch: int, processes: Processes, prefix: str = "") -> list[slice]:
     """The rows of the global batch that this process computes, in pieces of micro_batch: gradients are summed over them."""
     if batch % processes.world:
         raise UserError(
-            f"--{name} {batch} cannot be divided among {processes.world} processes; use a multiple of {processes.world}"
+            f"--{prefix}batch_size {batch} cannot be divided among {processes.world} processes; "
+            f"use a multiple of {processes.world}"
         )
     share = processes.share(batch)
     micro = min(micro_batch or len(share), len(share))
     if len(share) % micro:
         raise UserError(
-            f"--micro_batch {micro} does not divide the {len(share)} images that each process takes of --{name} {batch}"
+            f"--{prefix}micro_batch {micro} does not divide the {len(share)} rows that each process takes of "
+            f"--{prefix}batch_size {batch}"
         )
     return [slice(start, start + micro) for start in range(share.start, share.stop, micro)]
 
@@ -218,7 +231,7 @@ class TokenizerObjective(nn.Module):
         local, global_ = self.alignment(z, cls, patches)
         loss = mse + self.kl_weight * kl + self.align_weight * (local + global_)
         logs = {"loss": loss, "mse": mse, "kl": kl, "align_local": local, "align_global": global_}
-        return loss, logs | moments(posterior.mean, z)
+        return loss, {key: value.detach() for key, value in (logs | moments(posterior.mean, z)).items()}
 
 
 def moments(mean: Tensor, z: Tensor) -> dict[str, Tensor]:
@@ -239,11 +252,12 @@ def describe(logs: dict[str, Tensor]) -> dict[str, float]:
 
 def collapse_warning(numbers: dict[str, float]) -> str:
     """A sentence when the posterior has collapsed to its prior, else ""."""
-    if numbers.get("active_units", 1) > 0.05 and numbers.get("kl_per_token", 1) > 0.05:
+    kl = numbers.get("kl_per_token", math.inf)
+    if not math.isfinite(kl) or (kl > 0.05 and numbers["active_units"] > 0.05):
         return ""
     return (
         f"warning: the posterior has collapsed to its prior ({100 * numbers['active_units']:.0f} % active units, "
-        f"{numbers['kl_per_token']:.3f} nats per token): the latents carry no image; lower --kl_weight or use --mask mixed"
+        f"{kl:.3f} nats per token): the latents carry no image; lower --kl_weight or use --mask mixed"
     )
 
 
@@ -259,7 +273,7 @@ class DecoderObjective(nn.Module):
         with torch.no_grad():
             z = self.tokenizer.encode(images).sample(noise)
         mse = F.mse_loss(self.tokenizer.decode(z), images)
-        return mse, {"loss": mse}
+        return mse, {"loss": mse.detach()}
 
 
 class SiTObjective(nn.Module):
@@ -271,7 +285,7 @@ class SiTObjective(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor):
         loss = flow_matching_loss(self.sit, x, y, t, noise).mean()
-        return loss, {"loss": loss}
+        return loss, {"loss": loss.detach()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +304,7 @@ class Job:
     ]  # local batch, its rows, global rows -> arguments of forward
     batches: Callable[[int], Iterator]  # first step -> this process's batches from there on
     batch_size: int
+    micro_batch: int
     steps: int
     lr: Callable[[int], float]  # step -> learning rate
     extra: dict  # goes into the checkpoint
@@ -325,7 +340,7 @@ def fit(job: Job, world: World) -> nn.Module:
     forward = torch.compile(job.objective) if config.compile else job.objective
     if processes.world > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
-    pieces = micro_rows(job.batch_size, config.micro_batch, processes)
+    pieces = micro_rows(job.batch_size, job.micro_batch, processes)
     skipped = torch.zeros(2, device=processes.device)  # non-finite steps: in all, and in a row
     meter = Meter(job, world, first)
     batches = job.batches(first)
@@ -333,20 +348,18 @@ def fit(job: Job, world: World) -> nn.Module:
         bar = progress(range(first, job.steps), job.stage, processes, initial=first, total=job.steps)
         for step in bar:
             accumulate(forward, job, world, next(batches), pieces, step, meter)
-            norm = update(optimizer, trained, job.lr(step), config.grad_clip, skipped)
+            norm = update(optimizer, trained, job.lr(step), skipped)
             update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
             meter.add({"grad_norm": norm}, 1)
             done = step + 1
-            logged = done % config.log_every == 0 or done == job.steps
-            if logged:
+            if done % config.log_every == 0 or done == job.steps:
                 line = meter.write(done, job.lr(step), skipped)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
-            stopping = (
-                stop.agreed(processes) if logged or processes.world == 1 else False
-            )  # asking the others costs a wait
+            stopping = stop.agreed(processes)
             if stopping or done % config.save_every == 0 or done == job.steps:
                 save(job, world, ema, optimizer, done)
-            if stopping and done < job.steps:
+            if stopping:
+                processes.barrier()  # rank 0 has saved
                 message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
                 sys.exit(message if processes.first else 1)
     return ema
@@ -368,14 +381,12 @@ def accumulate(
         meter.add(logs, 1 / len(pieces))
 
 
-def update(
-    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], lr: float, clip: float, skipped: Tensor
-) -> Tensor:
+def update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], lr: float, skipped: Tensor) -> Tensor:
     """One AdamW step on clipped gradients, or none if they are not finite -> gradient norm. Never waits for the GPU.
 
     The gradients are equal on all processes, so that all skip the same steps. skipped = (in all, in a row) is updated.
     """
-    norm = nn.utils.clip_grad_norm_(trained, clip)
+    norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
     bad = (~norm.isfinite()).float()
     optimizer.found_inf = bad.reshape(())  # the fused kernel leaves everything as it was when this is 1
     for group in optimizer.param_groups:
@@ -418,7 +429,7 @@ def warmup_cosine(config: Config) -> Callable[[int], float]:
 
 
 class StopSignals:
-    """Remembers SIGINT or SIGTERM while training, so that the step in progress ends and is saved. A second one kills."""
+    """Remembers SIGINT or SIGTERM while training, so that the step in progress ends and is saved. A second Ctrl-C kills."""
 
     def __enter__(self) -> "StopSignals":
         self.received = False
@@ -430,14 +441,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number: int, _frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
-        signal.signal(number, self.previous[number])
 
     def agreed(self, processes: Processes) -> bool:
-        """True on all processes if any was signalled; all must ask at the same step."""
-        if processes.world == 1:
-            return self.received
-        return bool(processes.sum(torch.tensor(float(self.received), device=processes.device)) > 0)
+        """True on all processes if any was signalled. The flag travels between CPUs, so no GPU is waited for."""
+        return bool(processes.sum(torch.tensor(float(self.received))) > 0)
 
 
 class Meter:
@@ -449,6 +459,8 @@ class Meter:
         self.warned = False
         if world.processes.first:
             drop_lines_after(self.path, job.stage, first)
+        if world.processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.reset(first)
 
     def reset(self, step: int) -> None:
@@ -458,12 +470,12 @@ class Meter:
     @torch.no_grad()
     def add(self, logs: dict[str, Tensor], weight: float) -> None:
         for key, value in logs.items():
-            self.sums[key] = self.sums.get(key, 0) + weight * value.detach().float()
+            self.sums[key] = self.sums.get(key, 0) + weight * value.float()
 
     def write(self, step: int, lr: float, skipped: Tensor) -> dict:
         """Average over steps and processes, print warnings, append the line, return it; UserError if the run cannot go on."""
         processes, steps = self.world.processes, step - self.start
-        averages = {key: processes.mean(value / steps) for key, value in self.sums.items()}
+        averages = {key: processes.sum(value / steps / processes.world) for key, value in self.sums.items()}
         seconds = time.perf_counter() - self.time
         line = {"stage": self.job.stage, "step": step, **describe(averages), "lr": lr}
         line["images_per_second"] = self.job.batch_size * steps / seconds
@@ -481,7 +493,7 @@ class Meter:
         if skipped[1] >= MAX_BAD_STEPS:
             raise UserError(
                 f"the last {int(skipped[1])} steps of stage {self.job.stage} had non-finite gradients and were skipped; "
-                f"the checkpoint before them is kept: resume with a lower learning rate"
+                f"the last checkpoint is kept; start again in another --out with a lower learning rate"
             )
         return line
 
@@ -494,12 +506,11 @@ def tidy(value: float | int | str) -> float | int | str | None:
 
 
 def drop_lines_after(path: Path, stage: str, step: int) -> None:
-    """Remove the lines that a killed run logged after its last checkpoint, and any of later stages."""
+    """Remove the lines that a killed run logged after its last checkpoint."""
     if not path.exists():
         return
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    order = STAGES.index(stage)
-    kept = [line for line in lines if (STAGES.index(line["stage"]), line["step"]) <= (order, step)]
+    kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
     if len(kept) < len(lines):
         write_text("".join(json.dumps(line) + "\n" for line in kept), path)
 
@@ -543,8 +554,10 @@ def load_stage(world: World, stage: str) -> dict | None:
     path = world.path(f"{stage}.pt")
     if not path.exists():
         return None
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path, mmap=True)
     check_same_run(path, saved, world, stage)
+    if stage == "sit" and saved["stamp"] != encoder_stamp(world, load_trained_tokenizer(world)):
+        raise UserError(f"{path} was trained on latents of another tokenizer; move it away, or use another --out")
     return saved
 
 
@@ -560,7 +573,7 @@ def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
     """Raises UserError, naming the first difference, when a checkpoint is not of this configuration and data."""
     if saved.get("stage") != stage or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of stage {stage}; move it away or use another --out")
-    now = {k: v for k, v in asdict(world.config).items() if k not in FREE | LATER[stage]}
+    now = {k: v for k, v in asdict(world.config).items() if k not in FREE | UNREAD[stage]}
     now |= {"classes": list(world.dataset.classes), "images": len(world.dataset)}
     then = saved["config"] | {"classes": saved["classes"], "images": saved["images"]}
     for key, value in now.items():
@@ -596,10 +609,16 @@ def image_batches(world: World) -> Callable[[int], Iterator]:
     return batches
 
 
-def flipped(images: Tensor, rows: slice, batch: int, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images, (b, 3, S, S); the coin is drawn for the global batch (paper B.1)."""
-    coin = torch.rand(batch, generator=generator, device=generator.device)[rows] < 0.5
-    return torch.where(coin[:, None, None, None], images.flip(-1), images)
+def images_and_noise(
+    world: World, batch: tuple, local: slice, rows: slice, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images (b, 3, S, S) in [-1, 1], half of them mirrored (paper B.1), and noise (b, L, C) for their posteriors."""
+    config, device = world.config, world.processes.device
+    world.bad.note(batch[2][local])
+    images = to_float(batch[0][local].to(device, non_blocking=True))
+    mirror = torch.rand(config.batch_size, generator=generator, device=device)[rows] < 0.5
+    noise = torch.randn(config.batch_size, config.tokens, config.channels, generator=generator, device=device)[rows]
+    return torch.where(mirror[:, None, None, None], images.flip(-1), images), noise
 
 
 def tokenizer_job(world: World) -> Job:
@@ -613,19 +632,17 @@ def tokenizer_job(world: World) -> Job:
             load_dinov2(tokenizer.encoder, load_checkpoint(config.encoder_init))
 
     def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
-        size = config.batch_size
-        images = to_float(batch[0][local].to(device, non_blocking=True))
-        world.bad.note(batch[2][local])
-        images = flipped(images, rows, size, generator)
-        noise = torch.randn(size, config.tokens, config.channels, generator=generator, device=device)[rows]
+        images, noise = images_and_noise(world, batch, local, rows, generator)
         cls, patches = teacher(images)
-        ratio = masking.mask_ratio(size, config.mask_ratio, generator=generator)
+        ratio = masking.mask_ratio(config.batch_size, config.mask_ratio, generator=generator)
         mask, latent_mask = make_masks(config, ratio, rows, cls, patches, generator)
         return images, mask, latent_mask, noise, cls, patches
 
     objective = TokenizerObjective(config, tokenizer, teacher.width)
-    steps, lr = config.tokenizer_steps, warmup_cosine(config)
-    return Job("tokenizer", objective, tokenizer, inputs, image_batches(world), config.batch_size, steps, lr, {})
+    size, micro, steps = config.batch_size, config.micro_batch, config.tokenizer_steps
+    return Job(
+        "tokenizer", objective, tokenizer, inputs, image_batches(world), size, micro, steps, warmup_cosine(config), {}
+    )
 
 
 def make_masks(
@@ -646,23 +663,19 @@ def make_masks(
 
 def decoder_job(world: World) -> Job:
     """Stage decoder: from the averaged weights of stage tokenizer, at its peak learning rate / 10 (ours)."""
-    config, device = world.config, world.processes.device
+    config = world.config
     tokenizer = build_tokenizer(asdict(config))
     tokenizer.load_state_dict(load_finished(world, "tokenizer")["ema"])
 
     def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
-        images = flipped(to_float(batch[0][local].to(device, non_blocking=True)), rows, config.batch_size, generator)
-        world.bad.note(batch[2][local])
-        noise = torch.randn(config.batch_size, config.tokens, config.channels, generator=generator, device=device)[rows]
-        return images, noise
+        return images_and_noise(world, batch, local, rows, generator)
 
     def lr(step: int) -> float:
         return config.lr / 10 * (1 - step / config.decoder_steps)
 
     objective = DecoderObjective(tokenizer)
-    return Job(
-        "decoder", objective, tokenizer, inputs, image_batches(world), config.batch_size, config.decoder_steps, lr, {}
-    )
+    size, micro, steps = config.batch_size, config.micro_batch, config.decoder_steps
+    return Job("decoder", objective, tokenizer, inputs, image_batches(world), size, micro, steps, lr, {})
 
 
 def encoder_stamp(world: World, tokenizer: Tokenizer) -> str:
@@ -746,12 +759,10 @@ def sit_job(world: World) -> Job:
         z = mean[image, mirror] + std[image, mirror] * noises[0]
         return tokenizer.normalize(z), drop_labels(y, num_classes, drop), t, noises[1]
 
-    def lr(step: int) -> float:
-        return config.sit_lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
-
     sit = SiT(config.tokens, config.channels, num_classes, config.sit)
-    extra = {"tokenizer": tokenizer.state_dict()}
-    return Job("sit", SiTObjective(sit), sit, inputs, batches, config.sit_batch_size, config.sit_steps, lr, extra)
+    extra = {"tokenizer": tokenizer.state_dict(), "stamp": encoder_stamp(world, tokenizer)}
+    size, micro, steps = config.sit_batch_size, config.sit_micro_batch, config.sit_steps
+    return Job("sit", SiTObjective(sit), sit, inputs, batches, size, micro, steps, lambda step: config.sit_lr, extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -762,26 +773,31 @@ def sit_job(world: World) -> Job:
 def evaluate(tokenizer: Tokenizer, world: World) -> dict[str, float]:
     """PSNR (dB) and SSIM of held-out images against their reconstructions from the posterior mean, both as uint8."""
     mine = [int(world.eval_items[i]) for i in world.processes.share(len(world.eval_items))]
-    sums = torch.zeros(2, dtype=torch.float64, device=world.processes.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.processes.device)
     for images, _, bad in loader(world.dataset, [mine[i : i + 64] for i in range(0, len(mine), 64)], 0):
         world.bad.note(bad)
+        images = images[bad < 0]  # what stands in for an unreadable file may be a training image
         copies = reconstruct(tokenizer, images)
-        sums += torch.stack([psnr(images, copies).sum(), ssim(images, copies).sum()]).to(sums.device)
-    value = world.processes.sum(sums) / len(world.eval_items)
-    return {
-        "psnr": round(value[0].item(), 3),
-        "ssim": round(value[1].item(), 4),
-        "held_out_images": len(world.eval_items),
-    }
+        quality = [psnr(images, copies).sum(), ssim(images, copies).sum(), torch.tensor(len(images))]
+        sums += torch.stack([value.double() for value in quality]).to(sums.device)
+    total = world.processes.sum(sums)
+    means = total[:2] / total[2]
+    return {"psnr": round(means[0].item(), 3), "ssim": round(means[1].item(), 4), "held_out_images": int(total[2])}
 
 
 def draw_reconstructions(tokenizer: Tokenizer, world: World) -> None:
     """reconstructions.png: two pairs of rows, held-out originals above their reconstructions."""
-    count = 20 if len(world.eval_items) >= 20 else len(world.eval_items) // 2 * 2 or 1
-    images = torch.stack([world.dataset[int(i)][0] for i in world.eval_items[:count]])
+    images = held_out(world, 20)
+    images = images[: len(images) // 2 * 2 or 1]
     pairs = torch.stack([images, reconstruct(tokenizer, images)])  # (2, count, 3, S, S)
-    blocks = pairs.unflatten(1, (2 if count > 1 else 1, -1)).transpose(0, 1).flatten(0, 1)
+    blocks = pairs.unflatten(1, (2 if len(images) > 1 else 1, -1)).transpose(0, 1).flatten(0, 1)
     write_image(blocks, world.path("reconstructions.png"))
+
+
+def held_out(world: World, count: int) -> Tensor:
+    """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
+    items = world.eval_items[spread(len(world.eval_items), count)]
+    return torch.stack([world.dataset[int(i)][0] for i in items])
 
 
 @torch.no_grad()
@@ -789,7 +805,7 @@ def draw_masks(world: World) -> None:
     """masks.png: images, and the same with half of their patches hidden: at random, and by similarity to the teacher's cls."""
     config, device = world.config, world.processes.device
     grid = config.image_size // config.patch_size
-    images = torch.stack([world.dataset[int(i)][0] for i in world.eval_items[:8]])
+    images = held_out(world, 8)
     cls, patches = load_teacher(config, grid).to(device)(to_float(images.to(device)))
     ratio = torch.full((len(images),), 0.5, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -805,14 +821,14 @@ def draw_masks(world: World) -> None:
 def draw_samples(run: Run, world: World) -> dict:
     """samples.png: 8 samples of each of the first 10 classes -> the sampler's settings."""
     config = world.config
-    sampler = Sampler(steps=config.sample_steps, guidance=config.guidance, seed=config.seed)
+    sampler = SamplerSettings(steps=config.sample_steps, guidance=default_guidance(run), seed=config.seed)
     classes = list(range(max(1, min(10, len(run.classes)))))
     write_image(class_grid(run, sampler, classes, 8, world.processes.device), world.path("samples.png"))
     return asdict(sampler)
 
 
 def run_stage(stage: str, world: World) -> dict:
-    """Do a stage, or pass over it if it is done -> its part of result.json."""
+    """Do a stage -> its part of result.json."""
     torch.manual_seed(world.config.seed)  # initial weights: equal on all processes, whichever stages ran before
     if stage == "latents":
         cache_latents(world)
@@ -827,7 +843,8 @@ def run_stage(stage: str, world: World) -> dict:
     numbers = evaluate(model, world)
     if world.processes.first:
         draw_reconstructions(model, world)
-        draw_masks(world)
+        if stage == "tokenizer":
+            draw_masks(world)
         print(
             f"{stage}: held-out PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f} ({numbers['held_out_images']} images)"
         )
@@ -847,7 +864,7 @@ def dry_run(world: World) -> None:
     measured = width if device.type == "cuda" else min(2, width)
     rows = slice(pieces[0].start, pieces[0].start + measured)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    items = [int(i) for i in world.train_items[:measured]]
+    items = [int(world.train_items[i]) for i in batch_indices(len(world.train_items), measured, 0, 0, slice(None))]
     batch = next(iter(loader(world.dataset, [items], 0)))
     for _ in range(2):  # the first one warms up
         synchronize(device)
@@ -857,7 +874,7 @@ def dry_run(world: World) -> None:
                 *job.inputs(batch, slice(0, len(items)), rows, step_generator(0, "tokenizer", 0, device))
             )
         loss.backward()
-        update(optimizer, trained, 0.0, config.grad_clip, torch.zeros(2, device=device))
+        update(optimizer, trained, 0.0, torch.zeros(2, device=device))
         synchronize(device)
         seconds = time.perf_counter() - start
     if not processes.first:
@@ -905,6 +922,11 @@ def main(arguments: list[str]) -> None:
     processes = Processes.start()
     check_config(config, processes)
     world = open_world(config, processes)
+    if config.size != "toy" and config.teacher == "hog" and processes.first:
+        print(
+            "note: the teacher is HOG; the paper's is DINOv2-B: --teacher FILE, and --encoder_init FILE",
+            file=sys.stderr,
+        )
     if dry:
         return dry_run(world)
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -912,6 +934,8 @@ def main(arguments: list[str]) -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     for name in STAGES if stage == "all" else (stage,):
         if name in result and is_done(world, name):
+            if processes.first:
+                print(f"{name}: done before")
             continue
         start = time.perf_counter()
         result[name] = run_stage(name, world)

@@ -82,7 +82,7 @@ def training_step(
         with autocast(device):
             loss, _ = forward(*inputs())
         loss.backward()
-        update(optimizer, trained, 1e-4, 1.0, skipped)
+        update(optimizer, trained, 1e-4, skipped)
 
     return step
 

@@ -68,6 +68,9 @@ TINY = "--preset toy --image_size 16 --tokens 4 --channels 4 --batch_size 8 --si
 TINY_STEPS = "--tokenizer_steps 20 --decoder_steps 20 --sit_steps 20 --log_every 10 --save_every 10"
 
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def command(script: str, *words: str, processes: int = 1) -> list[str]:
     """argv of a script of the project, under torchrun when processes > 1."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -76,10 +79,8 @@ def command(script: str, *words: str, processes: int = 1) -> list[str]:
 
 def call(script: str, *words: str, processes: int = 1, **settings) -> subprocess.CompletedProcess:
     """Run a script of the project to its end, on one thread per process."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command(script, *words, processes=processes), capture_output=True, text=True, env=env, **settings
-    )
+    argv = command(script, *words, processes=processes)
+    return subprocess.run(argv, capture_output=True, text=True, env=ENV, **settings)
 
 
 def succeed(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:

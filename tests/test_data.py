@@ -166,6 +166,10 @@ def test_checkpoints_refuse_pickled_code_truncation_and_absence(tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(data.UserError, match="truncated"):
         data.load_checkpoint(path)
+    for text in ("", "hello", "<!DOCTYPE html><html>"):
+        path.write_text(text)
+        with pytest.raises(data.UserError, match="not a PyTorch file"):
+            data.load_checkpoint(path)
     torch.save({"a": Evil()}, path)
     with pytest.raises(data.UserError, match="pickled code"):
         data.load_checkpoint(path)

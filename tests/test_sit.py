@@ -1,3 +1,4 @@
+import argparse
 import json
 from itertools import chain
 
@@ -7,6 +8,7 @@ import torch
 from reference import ARRAYS, array, contract, fill, filled
 
 import sit
+from data import load_checkpoint
 
 
 def small_sit(monkeypatch) -> sit.SiT:
@@ -30,6 +32,13 @@ def test_forward_equals_the_released_implementation(monkeypatch):
 )
 def test_released_files_load(monkeypatch, wrap):
     small_sit(monkeypatch).load_state_dict(sit.official_state(wrap(filled("sit1d_small"))))
+
+
+def test_a_released_training_checkpoint_loads_without_running_code(monkeypatch, tmp_path):
+    """It pickles its argparse arguments, a plain container."""
+    content = {"ema": filled("sit1d_small"), "args": argparse.Namespace(model="SiT"), "steps": 3}
+    torch.save(content, tmp_path / "sit.pt")
+    small_sit(monkeypatch).load_state_dict(sit.official_state(load_checkpoint(tmp_path / "sit.pt")))
 
 
 def test_xl_has_the_released_keys_and_shapes():
