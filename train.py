@@ -292,6 +292,10 @@ class SiTObjective(nn.Module):
 # The training loop
 
 
+# (local batch, its rows, which rows of the global batch those are, generator) -> arguments of the objective's forward
+Inputs = Callable[[tuple, slice, slice, torch.Generator], tuple]
+
+
 @dataclass
 class Job:
     """One stage as data, for `fit`."""
@@ -299,19 +303,17 @@ class Job:
     stage: str
     objective: nn.Module  # forward(*inputs) -> loss, logs; holds every trained parameter
     model: nn.Module  # the part of it whose moving average is kept and evaluated
-    inputs: Callable[
-        [tuple, slice, slice, torch.Generator], tuple
-    ]  # local batch, its rows, global rows -> arguments of forward
+    inputs: Inputs
     batches: Callable[[int], Iterator]  # first step -> this process's batches from there on
     batch_size: int
     micro_batch: int
     steps: int
     lr: Callable[[int], float]  # step -> learning rate
-    extra: dict  # goes into the checkpoint
+    extra: dict = field(default_factory=dict)  # goes into the checkpoint
 
 
 @dataclass
-class World:
+class Context:
     """What all stages share."""
 
     config: Config
@@ -325,16 +327,16 @@ class World:
         return Path(self.config.out) / name
 
 
-def fit(job: Job, world: World) -> nn.Module:
+def fit(job: Job, context: Context) -> nn.Module:
     """Train job.objective from its checkpoint, if there is one, to job.steps; returns the moving average of job.model."""
-    config, processes = world.config, world.processes
+    config, processes = context.config, context.processes
     job.objective.to(processes.device).train()
     ema = copy.deepcopy(job.model).requires_grad_(False).eval()
     trained = [p for p in job.objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.lr(0), betas=(0.9, 0.95), weight_decay=1e-4, fused=True)  # paper B.1
-    first = resume(job, world, ema, optimizer)
+    first = resume(job, context, ema, optimizer)
     if processes.first:  # not before: a refused command must not rewrite what the run was made with
-        write_text(json.dumps(asdict(config), indent=1), world.path("config.json"))
+        write_text(json.dumps(asdict(config), indent=1), context.path("config.json"))
     if first >= job.steps:
         return ema
     forward = torch.compile(job.objective) if config.compile else job.objective
@@ -342,12 +344,12 @@ def fit(job: Job, world: World) -> nn.Module:
         forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     pieces = micro_rows(job.batch_size, job.micro_batch, processes)
     skipped = torch.zeros(2, device=processes.device)  # non-finite steps: in all, and in a row
-    meter = Meter(job, world, first)
+    meter = Meter(job, context, first)
     batches = job.batches(first)
     with StopSignals() as stop:
         bar = progress(range(first, job.steps), job.stage, processes, initial=first, total=job.steps)
         for step in bar:
-            accumulate(forward, job, world, next(batches), pieces, step, meter)
+            accumulate(forward, job, context, next(batches), pieces, step, meter)
             norm = update(optimizer, trained, job.lr(step), skipped)
             update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
             meter.add({"grad_norm": norm}, 1)
@@ -357,7 +359,7 @@ def fit(job: Job, world: World) -> nn.Module:
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
             stopping = stop.agreed(processes)
             if stopping or done % config.save_every == 0 or done == job.steps:
-                save(job, world, ema, optimizer, done)
+                save(job, context, ema, optimizer, done)
             if stopping:
                 processes.barrier()  # rank 0 has saved
                 message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
@@ -366,14 +368,14 @@ def fit(job: Job, world: World) -> nn.Module:
 
 
 def accumulate(
-    forward: nn.Module, job: Job, world: World, batch: tuple, pieces: list[slice], step: int, meter: "Meter"
+    forward: nn.Module, job: Job, context: Context, batch: tuple, pieces: list[slice], step: int, meter: "Meter"
 ) -> None:
     """Gradients of the mean loss over the global batch, in pieces; they are exchanged once, with the last piece."""
-    device = world.processes.device
+    device = context.processes.device
     for rows in pieces:
         local = slice(rows.start - pieces[0].start, rows.stop - pieces[0].start)
-        generator = step_generator(world.config.seed, job.stage, step, device)
-        waiting = rows is not pieces[-1] and world.processes.world > 1
+        generator = step_generator(context.config.seed, job.stage, step, device)
+        waiting = rows is not pieces[-1] and context.processes.world > 1
         with forward.no_sync() if waiting else nullcontext():
             with autocast(device):
                 loss, logs = forward(*job.inputs(batch, local, rows, generator))
@@ -453,13 +455,13 @@ class StopSignals:
 class Meter:
     """Averages what is logged on the device, and writes a line of log.jsonl every log_every steps."""
 
-    def __init__(self, job: Job, world: World, first: int):
-        self.job, self.world = job, world
-        self.path = world.path("log.jsonl")
+    def __init__(self, job: Job, context: Context, first: int):
+        self.job, self.world = job, context
+        self.path = context.path("log.jsonl")
         self.warned = False
-        if world.processes.first:
+        if context.processes.first:
             drop_lines_after(self.path, job.stage, first)
-        if world.processes.device.type == "cuda":
+        if context.processes.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.reset(first)
 
@@ -527,20 +529,20 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def save(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(job: Job, context: Context, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Rank 0 writes the stage's checkpoint; everything random is a function of the step, so no state of it is kept."""
-    if world.processes.first:
+    if context.processes.first:
         content = {
-            "stage": job.stage, "step": step, "config": asdict(world.config), "classes": list(world.dataset.classes),
-            "images": len(world.dataset), "model": job.objective.state_dict(), "ema": ema.state_dict(),
+            "stage": job.stage, "step": step, "config": asdict(context.config), "classes": list(context.dataset.classes),
+            "images": len(context.dataset), "model": job.objective.state_dict(), "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(), **job.extra,
         }  # fmt: skip
-        save_checkpoint(content, world.path(f"{job.stage}.pt"))
+        save_checkpoint(content, context.path(f"{job.stage}.pt"))
 
 
-def resume(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resume(job: Job, context: Context, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the stage's checkpoint if there is one -> the first step still to do. UserError if it is of another run."""
-    saved = load_stage(world, job.stage)
+    saved = load_stage(context, job.stage)
     if saved is None:
         return 0
     job.objective.load_state_dict(saved["model"])
@@ -549,32 +551,32 @@ def resume(job: Job, world: World, ema: nn.Module, optimizer: torch.optim.Optimi
     return saved["step"]
 
 
-def load_stage(world: World, stage: str) -> dict | None:
+def load_stage(context: Context, stage: str) -> dict | None:
     """The checkpoint of a stage, or None where there is none. UserError if it is damaged or of another run."""
-    path = world.path(f"{stage}.pt")
+    path = context.path(f"{stage}.pt")
     if not path.exists():
         return None
     saved = load_checkpoint(path, mmap=True)
-    check_same_run(path, saved, world, stage)
-    if stage == "sit" and saved["stamp"] != encoder_stamp(world, load_trained_tokenizer(world)):
+    check_same_run(path, saved, context, stage)
+    if stage == "sit" and saved["stamp"] != encoder_stamp(context, load_trained_tokenizer(context)):
         raise UserError(f"{path} was trained on latents of another tokenizer; move it away, or use another --out")
     return saved
 
 
-def is_done(world: World, stage: str) -> bool:
+def is_done(context: Context, stage: str) -> bool:
     """Whether a stage has nothing left to do."""
     if stage == "latents":
-        return world.path("latents.bin").exists() and bool(open_latents(world, load_trained_tokenizer(world)))
-    saved = load_stage(world, stage)
-    return saved is not None and saved["step"] >= getattr(world.config, f"{stage}_steps")
+        return context.path("latents.bin").exists() and bool(open_latents(context, load_trained_tokenizer(context)))
+    saved = load_stage(context, stage)
+    return saved is not None and saved["step"] >= getattr(context.config, f"{stage}_steps")
 
 
-def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
+def check_same_run(path: Path, saved: dict, context: Context, stage: str) -> None:
     """Raises UserError, naming the first difference, when a checkpoint is not of this configuration and data."""
     if saved.get("stage") != stage or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path} is not a checkpoint of stage {stage}; move it away or use another --out")
-    now = {k: v for k, v in asdict(world.config).items() if k not in FREE | UNREAD[stage]}
-    now |= {"classes": list(world.dataset.classes), "images": len(world.dataset)}
+    now = {k: v for k, v in asdict(context.config).items() if k not in FREE | UNREAD[stage]}
+    now |= {"classes": list(context.dataset.classes), "images": len(context.dataset)}
     then = saved["config"] | {"classes": saved["classes"], "images": saved["images"]}
     for key, value in now.items():
         if then.get(key) != value:
@@ -587,61 +589,72 @@ def check_same_run(path: Path, saved: dict, world: World, stage: str) -> None:
 # The stages
 
 
-def load_finished(world: World, stage: str) -> dict:
+def load_finished(context: Context, stage: str) -> dict:
     """The checkpoint of an earlier stage. UserError if it is missing, unfinished or of another run."""
-    saved, steps = load_stage(world, stage), getattr(world.config, f"{stage}_steps")
+    saved, steps = load_stage(context, stage), getattr(context.config, f"{stage}_steps")
     if saved is None:
-        raise UserError(f"{world.path(stage)}.pt does not exist; run the stage {stage} first")
+        raise UserError(f"{context.path(stage)}.pt does not exist; run the stage {stage} first")
     if saved["step"] < steps:
-        raise UserError(f"{world.path(stage)}.pt is at step {saved['step']} of {steps}; finish the stage {stage} first")
+        raise UserError(
+            f"{context.path(stage)}.pt is at step {saved['step']} of {steps}; finish the stage {stage} first"
+        )
     return saved
 
 
-def image_batches(world: World) -> Callable[[int], Iterator]:
+def image_batches(context: Context) -> Callable[[int], Iterator]:
     """first step -> endless (uint8 images, labels, bad) of this process's rows."""
-    config = world.config
-    share = world.processes.share(config.batch_size)
+    config = context.config
+    share = context.processes.share(config.batch_size)
 
     def batches(first: int) -> Iterator:
-        sampler = BatchSampler(world.train_items, config.batch_size, config.seed, first, slice(share.start, share.stop))
-        return iter(loader(world.dataset, sampler, config.workers))
+        sampler = BatchSampler(
+            context.train_items, config.batch_size, config.seed, first, slice(share.start, share.stop)
+        )
+        return iter(loader(context.dataset, sampler, config.workers))
 
     return batches
 
 
 def images_and_noise(
-    world: World, batch: tuple, local: slice, rows: slice, generator: torch.Generator
+    context: Context, batch: tuple, local: slice, rows: slice, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Images (b, 3, S, S) in [-1, 1], half of them mirrored (paper B.1), and noise (b, L, C) for their posteriors."""
-    config, device = world.config, world.processes.device
-    world.bad.note(batch[2][local])
+    config, device = context.config, context.processes.device
+    context.bad.note(batch[2][local])
     images = to_float(batch[0][local].to(device, non_blocking=True))
     mirror = torch.rand(config.batch_size, generator=generator, device=device)[rows] < 0.5
     noise = torch.randn(config.batch_size, config.tokens, config.channels, generator=generator, device=device)[rows]
     return torch.where(mirror[:, None, None, None], images.flip(-1), images), noise
 
 
-def tokenizer_job(world: World) -> Job:
+def tokenizer_job(context: Context) -> Job:
     """Stage tokenizer: masks, alignment, KL."""
-    config, device = world.config, world.processes.device
+    config, device = context.config, context.processes.device
     tokenizer = build_tokenizer(asdict(config))
     grid = config.image_size // config.patch_size
     teacher = load_teacher(config, grid).to(device)
-    if config.encoder_init and not world.path("tokenizer.pt").exists():
+    if config.encoder_init and not context.path("tokenizer.pt").exists():
         with as_user_error(f"--encoder_init {config.encoder_init}: "):
             load_dinov2(tokenizer.encoder, load_checkpoint(config.encoder_init))
 
     def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
-        images, noise = images_and_noise(world, batch, local, rows, generator)
+        images, noise = images_and_noise(context, batch, local, rows, generator)
         cls, patches = teacher(images)
         ratio = masking.mask_ratio(config.batch_size, config.mask_ratio, generator=generator)
         mask, latent_mask = make_masks(config, ratio, rows, cls, patches, generator)
         return images, mask, latent_mask, noise, cls, patches
 
     objective = TokenizerObjective(config, tokenizer, teacher.width)
-    size, micro, steps = config.batch_size, config.micro_batch, config.tokenizer_steps
     return Job(
-        "tokenizer", objective, tokenizer, inputs, image_batches(world), size, micro, steps, warmup_cosine(config), {}
+        stage="tokenizer",
+        objective=objective,
+        model=tokenizer,
+        inputs=inputs,
+        batches=image_batches(context),
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        steps=config.tokenizer_steps,
+        lr=warmup_cosine(config),
     )
 
 
@@ -661,55 +674,64 @@ def make_masks(
     return nothing, None
 
 
-def decoder_job(world: World) -> Job:
+def decoder_job(context: Context) -> Job:
     """Stage decoder: from the averaged weights of stage tokenizer, at its peak learning rate / 10 (ours)."""
-    config = world.config
+    config = context.config
     tokenizer = build_tokenizer(asdict(config))
-    tokenizer.load_state_dict(load_finished(world, "tokenizer")["ema"])
+    tokenizer.load_state_dict(load_finished(context, "tokenizer")["ema"])
 
     def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
-        return images_and_noise(world, batch, local, rows, generator)
+        return images_and_noise(context, batch, local, rows, generator)
 
     def lr(step: int) -> float:
         return config.lr / 10 * (1 - step / config.decoder_steps)
 
-    objective = DecoderObjective(tokenizer)
-    size, micro, steps = config.batch_size, config.micro_batch, config.decoder_steps
-    return Job("decoder", objective, tokenizer, inputs, image_batches(world), size, micro, steps, lr, {})
+    return Job(
+        stage="decoder",
+        objective=DecoderObjective(tokenizer),
+        model=tokenizer,
+        inputs=inputs,
+        batches=image_batches(context),
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        steps=config.decoder_steps,
+        lr=lr,
+    )
 
 
-def encoder_stamp(world: World, tokenizer: Tokenizer) -> str:
+def encoder_stamp(context: Context, tokenizer: Tokenizer) -> str:
     """Hash of what the latents depend on: encoder weights and data set."""
     state = {key: value for key, value in tokenizer.state_dict().items() if key.startswith(("encoder.", "to_moments."))}
-    data = {"classes": list(world.dataset.classes), "images": len(world.dataset), "train": len(world.train_items)}
+    data = {"classes": list(context.dataset.classes), "images": len(context.dataset), "train": len(context.train_items)}
     return state_hash(state | {json.dumps(data): torch.zeros(0)})
 
 
-def load_trained_tokenizer(world: World) -> Tokenizer:
+def load_trained_tokenizer(context: Context) -> Tokenizer:
     """The averaged tokenizer of stage decoder, or of stage tokenizer where there is no decoder.pt."""
-    stage = "decoder" if world.path("decoder.pt").exists() else "tokenizer"
-    tokenizer = build_tokenizer(asdict(world.config))
-    tokenizer.load_state_dict(load_finished(world, stage)["ema"])
-    return tokenizer.to(world.processes.device).eval()
+    stage = "decoder" if context.path("decoder.pt").exists() else "tokenizer"
+    tokenizer = build_tokenizer(asdict(context.config))
+    tokenizer.load_state_dict(load_finished(context, stage)["ema"])
+    return tokenizer.to(context.processes.device).eval()
 
 
-def open_latents(world: World, tokenizer: Tokenizer) -> LatentCache:
+def open_latents(context: Context, tokenizer: Tokenizer) -> LatentCache:
     """latents.bin. UserError if it is missing, damaged or stale."""
-    return LatentCache(world.path("latents.bin"), encoder_stamp(world, tokenizer))
+    return LatentCache(context.path("latents.bin"), encoder_stamp(context, tokenizer))
 
 
 @torch.no_grad()
-def cache_latents(world: World) -> None:
+def cache_latents(context: Context) -> None:
     """Stage latents: posterior moments of each training image and its mirror image -> latents.bin."""
-    config, processes, path = world.config, world.processes, world.path("latents.bin")
-    tokenizer = load_trained_tokenizer(world)
+    config, processes, path = context.config, context.processes, context.path("latents.bin")
+    tokenizer = load_trained_tokenizer(context)
     if path.exists():
-        open_latents(world, tokenizer)
+        open_latents(context, tokenizer)
         return
-    stamp = encoder_stamp(world, tokenizer)
-    mine, count = processes.share(len(world.train_items)), len(world.train_items)
+    stamp = encoder_stamp(context, tokenizer)
+    mine, count = processes.share(len(context.train_items)), len(context.train_items)
     lists = [
-        [int(world.train_items[i]) for i in range(s, min(s + 64, mine.stop))] for s in range(mine.start, mine.stop, 64)
+        [int(context.train_items[i]) for i in range(s, min(s + 64, mine.stop))]
+        for s in range(mine.start, mine.stop, 64)
     ]
     sums = torch.zeros(3, config.channels, dtype=torch.float64, device=processes.device)
     header = {"stamp": stamp, "count": count, "shape": [config.tokens, config.channels]}
@@ -718,8 +740,8 @@ def cache_latents(world: World) -> None:
             LatentCache.seal(temporary, header)
         processes.barrier()
         row = mine.start
-        for images, labels, bad in progress(loader(world.dataset, lists, config.workers), "latents", processes):
-            world.bad.note(bad)
+        for images, labels, bad in progress(loader(context.dataset, lists, config.workers), "latents", processes):
+            context.bad.note(bad)
             images = to_float(images.to(processes.device))
             with autocast(processes.device):
                 posterior = tokenizer.encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
@@ -727,22 +749,22 @@ def cache_latents(world: World) -> None:
             LatentCache.write(temporary, row, mean, std, labels)
             row += len(labels)
             sums += torch.stack([m.double().sum((0, 1, 2)) for m in (mean, mean.square(), std.square())])
-        world.bad.check(processes)
+        context.bad.check(processes)
         first, mean_square, variance = processes.sum(sums) / (2 * count * config.tokens)
         std = (mean_square - first.square() + variance).sqrt()  # law of total variance
         if processes.first:
             LatentCache.seal(temporary, header | {"latent_mean": first.tolist(), "latent_std": std.tolist()})
 
 
-def sit_job(world: World) -> Job:
+def sit_job(context: Context) -> Job:
     """Stage sit: z is sampled anew from the cached posterior at each step."""
-    config, device = world.config, world.processes.device
-    tokenizer = load_trained_tokenizer(world)
-    cache = open_latents(world, tokenizer)
+    config, device = context.config, context.processes.device
+    tokenizer = load_trained_tokenizer(context)
+    cache = open_latents(context, tokenizer)
     tokenizer.latent_mean.copy_(torch.tensor(cache.header["latent_mean"]))
     tokenizer.latent_std.copy_(torch.tensor(cache.header["latent_std"]))
-    num_classes = len(world.dataset.classes)
-    share = world.processes.share(config.sit_batch_size)
+    num_classes = len(context.dataset.classes)
+    share = context.processes.share(config.sit_batch_size)
 
     def batches(first: int) -> Iterator:
         for step in count(first):
@@ -760,9 +782,18 @@ def sit_job(world: World) -> Job:
         return tokenizer.normalize(z), drop_labels(y, num_classes, drop), t, noises[1]
 
     sit = SiT(config.tokens, config.channels, num_classes, config.sit)
-    extra = {"tokenizer": tokenizer.state_dict(), "stamp": encoder_stamp(world, tokenizer)}
-    size, micro, steps = config.sit_batch_size, config.sit_micro_batch, config.sit_steps
-    return Job("sit", SiTObjective(sit), sit, inputs, batches, size, micro, steps, lambda step: config.sit_lr, extra)
+    return Job(
+        stage="sit",
+        objective=SiTObjective(sit),
+        model=sit,
+        inputs=inputs,
+        batches=batches,
+        batch_size=config.sit_batch_size,
+        micro_batch=config.sit_micro_batch,
+        steps=config.sit_steps,
+        lr=lambda step: config.sit_lr,
+        extra={"tokenizer": tokenizer.state_dict(), "stamp": encoder_stamp(context, tokenizer)},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,42 +801,42 @@ def sit_job(world: World) -> Job:
 
 
 @torch.no_grad()
-def evaluate(tokenizer: Tokenizer, world: World) -> dict[str, float]:
+def evaluate(tokenizer: Tokenizer, context: Context) -> dict[str, float]:
     """PSNR (dB) and SSIM of held-out images against their reconstructions from the posterior mean, both as uint8."""
-    mine = [int(world.eval_items[i]) for i in world.processes.share(len(world.eval_items))]
-    sums = torch.zeros(3, dtype=torch.float64, device=world.processes.device)
-    for images, _, bad in loader(world.dataset, [mine[i : i + 64] for i in range(0, len(mine), 64)], 0):
-        world.bad.note(bad)
+    mine = [int(context.eval_items[i]) for i in context.processes.share(len(context.eval_items))]
+    sums = torch.zeros(3, dtype=torch.float64, device=context.processes.device)
+    for images, _, bad in loader(context.dataset, [mine[i : i + 64] for i in range(0, len(mine), 64)], 0):
+        context.bad.note(bad)
         images = images[bad < 0]  # what stands in for an unreadable file may be a training image
         copies = reconstruct(tokenizer, images)
         quality = [psnr(images, copies).sum(), ssim(images, copies).sum(), torch.tensor(len(images))]
         sums += torch.stack([value.double() for value in quality]).to(sums.device)
-    total = world.processes.sum(sums)
+    total = context.processes.sum(sums)
     means = total[:2] / total[2]
     return {"psnr": round(means[0].item(), 3), "ssim": round(means[1].item(), 4), "held_out_images": int(total[2])}
 
 
-def draw_reconstructions(tokenizer: Tokenizer, world: World) -> None:
+def draw_reconstructions(tokenizer: Tokenizer, context: Context) -> None:
     """reconstructions.png: two pairs of rows, held-out originals above their reconstructions."""
-    images = held_out(world, 20)
+    images = held_out(context, 20)
     images = images[: len(images) // 2 * 2 or 1]
     pairs = torch.stack([images, reconstruct(tokenizer, images)])  # (2, count, 3, S, S)
     blocks = pairs.unflatten(1, (2 if len(images) > 1 else 1, -1)).transpose(0, 1).flatten(0, 1)
-    write_image(blocks, world.path("reconstructions.png"))
+    write_image(blocks, context.path("reconstructions.png"))
 
 
-def held_out(world: World, count: int) -> Tensor:
+def held_out(context: Context, count: int) -> Tensor:
     """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
-    items = world.eval_items[spread(len(world.eval_items), count)]
-    return torch.stack([world.dataset[int(i)][0] for i in items])
+    items = context.eval_items[spread(len(context.eval_items), count)]
+    return torch.stack([context.dataset[int(i)][0] for i in items])
 
 
 @torch.no_grad()
-def draw_masks(world: World) -> None:
+def draw_masks(context: Context) -> None:
     """masks.png: images, and the same with half of their patches hidden: at random, and by similarity to the teacher's cls."""
-    config, device = world.config, world.processes.device
+    config, device = context.config, context.processes.device
     grid = config.image_size // config.patch_size
-    images = held_out(world, 8)
+    images = held_out(context, 8)
     cls, patches = load_teacher(config, grid).to(device)(to_float(images.to(device)))
     ratio = torch.full((len(images),), 0.5, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -815,48 +846,48 @@ def draw_masks(world: World) -> None:
             mask.view(-1, 1, grid, grid).repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
         )
         rows.append(images.masked_fill(hidden.cpu(), 128))
-    write_image(torch.stack(rows), world.path("masks.png"))
+    write_image(torch.stack(rows), context.path("masks.png"))
 
 
-def draw_samples(run: Run, world: World) -> dict:
+def draw_samples(run: Run, context: Context) -> dict:
     """samples.png: 8 samples of each of the first 10 classes -> the sampler's settings."""
-    config = world.config
+    config = context.config
     sampler = SamplerSettings(steps=config.sample_steps, guidance=default_guidance(run), seed=config.seed)
     classes = list(range(max(1, min(10, len(run.classes)))))
-    write_image(class_grid(run, sampler, classes, 8, world.processes.device), world.path("samples.png"))
+    write_image(class_grid(run, sampler, classes, 8, context.processes.device), context.path("samples.png"))
     return asdict(sampler)
 
 
-def run_stage(stage: str, world: World) -> dict:
+def run_stage(stage: str, context: Context) -> dict:
     """Do a stage -> its part of result.json."""
-    torch.manual_seed(world.config.seed)  # initial weights: equal on all processes, whichever stages ran before
+    torch.manual_seed(context.config.seed)  # initial weights: equal on all processes, whichever stages ran before
     if stage == "latents":
-        cache_latents(world)
-        return {"images": len(world.train_items), "moments_per_image": 2}
-    job = {"tokenizer": tokenizer_job, "decoder": decoder_job, "sit": sit_job}[stage](world)
-    model = fit(job, world)
+        cache_latents(context)
+        return {"images": len(context.train_items), "moments_per_image": 2}
+    job = {"tokenizer": tokenizer_job, "decoder": decoder_job, "sit": sit_job}[stage](context)
+    model = fit(job, context)
     if stage == "sit":
-        tokenizer = load_trained_tokenizer(world)
+        tokenizer = load_trained_tokenizer(context)
         tokenizer.load_state_dict(job.extra["tokenizer"])
-        run = Run(asdict(world.config), list(world.dataset.classes), tokenizer, model)
-        return {"sampler": draw_samples(run, world)} if world.processes.first else {}
-    numbers = evaluate(model, world)
-    if world.processes.first:
-        draw_reconstructions(model, world)
+        run = Run(asdict(context.config), list(context.dataset.classes), tokenizer, model)
+        return {"sampler": draw_samples(run, context)} if context.processes.first else {}
+    numbers = evaluate(model, context)
+    if context.processes.first:
+        draw_reconstructions(model, context)
         if stage == "tokenizer":
-            draw_masks(world)
+            draw_masks(context)
         print(
             f"{stage}: held-out PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f} ({numbers['held_out_images']} images)"
         )
     return numbers
 
 
-def dry_run(world: World) -> None:
+def dry_run(context: Context) -> None:
     """Print parameters, batch split, memory and one measured step of the tokenizer; nothing is written."""
-    config, processes, device = world.config, world.processes, world.processes.device
-    job = tokenizer_job(world)
+    config, processes, device = context.config, context.processes, context.processes.device
+    job = tokenizer_job(context)
     with torch.device("meta"):
-        sit = SiT(config.tokens, config.channels, len(world.dataset.classes), config.sit)
+        sit = SiT(config.tokens, config.channels, len(context.dataset.classes), config.sit)
     job.objective.to(device).train()
     trained = list(job.objective.parameters())
     pieces = micro_rows(config.batch_size, config.micro_batch, processes)
@@ -864,8 +895,8 @@ def dry_run(world: World) -> None:
     measured = width if device.type == "cuda" else min(2, width)
     rows = slice(pieces[0].start, pieces[0].start + measured)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    items = [int(world.train_items[i]) for i in batch_indices(len(world.train_items), measured, 0, 0, slice(None))]
-    batch = next(iter(loader(world.dataset, [items], 0)))
+    items = [int(context.train_items[i]) for i in batch_indices(len(context.train_items), measured, 0, 0, slice(None))]
+    batch = next(iter(loader(context.dataset, [items], 0)))
     for _ in range(2):  # the first one warms up
         synchronize(device)
         start = time.perf_counter()
@@ -882,8 +913,8 @@ def dry_run(world: World) -> None:
     model, share = job.model, config.batch_size / processes.world
     batch_seconds = seconds / measured * share
     print(
-        f"data        {len(world.train_items)} images to train on, {len(world.eval_items)} held out, "
-        f"{len(world.dataset.classes)} classes"
+        f"data        {len(context.train_items)} images to train on, {len(context.eval_items)} held out, "
+        f"{len(context.dataset.classes)} classes"
     )
     print(
         f"tokenizer   {config.size}: {millions(model)}, N = {model.num_patches}, L = {config.tokens}, C = {config.channels}"
@@ -910,35 +941,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def open_world(config: Config, processes: Processes) -> World:
+def open_context(config: Config, processes: Processes) -> Context:
     """Find the data and split it."""
     dataset = ImageFolder(config.data, config.image_size) if config.data else Shapes(config.image_size)
     train_items, eval_items = split(len(dataset), config.eval_images)
-    return World(config, processes, dataset, train_items, eval_items, BadFiles(dataset))
+    return Context(config, processes, dataset, train_items, eval_items, BadFiles(dataset))
 
 
 def main(arguments: list[str]) -> None:
     config, stage, dry = parse_config(arguments)
     processes = Processes.start()
     check_config(config, processes)
-    world = open_world(config, processes)
+    context = open_context(config, processes)
     if config.size != "toy" and config.teacher == "hog" and processes.first:
         print(
             "note: the teacher is HOG; the paper's is DINOv2-B: --teacher FILE, and --encoder_init FILE",
             file=sys.stderr,
         )
     if dry:
-        return dry_run(world)
+        return dry_run(context)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    path = world.path("result.json")
+    path = context.path("result.json")
     result = json.loads(path.read_text()) if path.exists() else {}
     for name in STAGES if stage == "all" else (stage,):
-        if name in result and is_done(world, name):
+        if name in result and is_done(context, name):
             if processes.first:
                 print(f"{name}: done before")
             continue
         start = time.perf_counter()
-        result[name] = run_stage(name, world)
+        result[name] = run_stage(name, context)
         result[name]["seconds"] = round(time.perf_counter() - start, 1)
         processes.barrier()
         if processes.first:

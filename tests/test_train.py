@@ -104,8 +104,8 @@ sys.path.insert(0, {root!r})
 import data, train
 stage = {stage!r}
 save, write = train.save, data.LatentCache.write
-def save_then_die(job, world, ema, optimizer, step):
-    save(job, world, ema, optimizer, step)
+def save_then_die(job, context, ema, optimizer, step):
+    save(job, context, ema, optimizer, step)
     if job.stage == stage and step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
 def write_then_die(*arguments):
