@@ -8,6 +8,7 @@ load_checkpoint, save_checkpoint, write_image, Processes, command_line
 
 import argparse
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -375,7 +376,7 @@ class BadFiles:
         """Name the new ones of a batch's `bad` column."""
         for index in set(bad.tolist()) - {-1} - self.seen:
             self.seen.add(index)
-            print(f"warning: skipped {self.dataset.name(index)}: not a readable image", file=sys.stderr)
+            tqdm.write(f"warning: skipped {self.dataset.name(index)}: not a readable image", file=sys.stderr)
 
     def check(self, processes: Processes) -> int:
         """How many files all processes have found so far; UserError above 1 %. All processes must ask together."""
@@ -417,8 +418,8 @@ def save_checkpoint(content: dict, path: str | Path) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(str(error)) from error
+        except RuntimeError as error:  # how torch reports a failed write, without its cause
+            raise OSError(errno.ENOSPC, "the disk is probably full") from error
         file.flush()
         os.fsync(file.fileno())
 
