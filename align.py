@@ -73,6 +73,8 @@ class DINOv2(nn.Module):
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ImageNet-normalised x (B, 3, 14 h, 14 w) -> cls (B, D), registers (B, R, D), patches (B, h w, D), after the norm."""
+        if x.shape[-2] % 14 or x.shape[-1] % 14:
+            raise ValueError(f"DINOv2 needs sides that are multiples of 14, not {x.shape[-2]} x {x.shape[-1]}")
         rows, columns = x.shape[-2] // 14, x.shape[-1] // 14
         cls = self.cls_token.expand(len(x), -1, -1)
         x = torch.cat([cls, self.patch_embed(x)], dim=1) + self.positions(rows, columns)

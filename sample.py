@@ -120,6 +120,21 @@ def write_npz(
     if processes.first:
         raw.write_bytes(b"")
     processes.barrier()
+    try:
+        write_rows(run, sampler, classes, count, batch, raw, processes)
+        processes.barrier()
+        if processes.first:
+            labels = np.array([label_of(i, classes) for i in range(count)])
+            pack_npz(raw, (count, run.config["image_size"], run.config["image_size"], 3), labels, path)
+    finally:
+        if processes.first:
+            raw.unlink()
+
+
+def write_rows(
+    run: Run, sampler: SamplerSettings, classes: list[int], count: int, batch: int, raw: Path, processes: Processes
+) -> None:
+    """This process's share of the samples, in the order of their indices, at their place in the file `raw`."""
     side, mine = run.config["image_size"], processes.share(count)
     with open(raw, "r+b") as file:
         file.seek(mine.start * side * side * 3)
@@ -128,22 +143,21 @@ def write_npz(
             labels = torch.tensor([label_of(i, classes) for i in indices])
             images = generate(run, sampler, labels, indices, processes.device)
             file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
-    processes.barrier()
-    if not processes.first:
-        return
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
-    labels = np.array([label_of(i, classes) for i in range(count)])
+
+
+def pack_npz(raw: Path, shape: tuple[int, ...], labels: np.ndarray, path: Path) -> None:
+    """numpy.savez of raw uint8 bytes and labels, without holding the images in memory."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry, open(raw, "rb") as file:
             np.lib.format.write_array_header_1_0(entry, header)
             shutil.copyfileobj(file, entry)
         with archive.open("arr_1.npy", "w") as entry:
             np.lib.format.write_array(entry, labels)
-    raw.unlink()
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """ "3,7" or class names -> labels; "" -> all classes (label 0, the null label, for a run without classes)."""
+    """Labels of "3,7" or of class names; of "" all (label 0, the null label, for a run without classes)."""
     if not names and text:
         raise UserError(f"--classes {text}: this run was trained without classes")
     labels = []

@@ -32,6 +32,8 @@ def test_dinov2_teacher_converts_images_to_its_grid():
     assert patches.shape == (1, 256, 384)
     assert model(F.interpolate(images, size=64))[1].shape == (1, 256, 384)
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    with pytest.raises(ValueError, match="multiples of 14, not 224 x 225"):
+        model.features(torch.zeros(1, 3, 224, 225))
 
 
 def test_teachers_refuse_other_ranges():
