@@ -1,13 +1,235 @@
-"""How good images are, as pure functions in float64: PSNR, SSIM, and the Frechet distance between feature sets.
+"""How good images are: FID, Inception Score, precision and recall, rFID, PSNR, SSIM, linear-probe accuracy.
 
-psnr(a, b), ssim(a, b)                        reconstruction against original, per image
-frechet_distance(*statistics(f), *statistics(g))    two sets of features; it is FID only for Inception features
+    python fid.py gfid out/samples.npz reference.npz      # FID, IS, precision, recall; folders, images or statistics
+    python fid.py rfid out --data imagenet/val            # reconstructions against the very crops that were encoded
+    python fid.py probe out --data imagenet/val           # linear probe on the latents
+    python fid.py stats imagenet/train train.npz          # mean and covariance, for gfid
+    python fid.py compare a.gfid.json b.gfid.json         # are these two results comparable, and if not, why
+    torchrun --nproc_per_node=8 fid.py gfid ...           # the same figure
+
+Images go in as uint8 of one size, and through the official Inception file of FID, resized as TensorFlow 1 did (what ADM's
+evaluator sees) or, with --resize pytorch-fid, as that project does. Every result is also written as a card, in JSON.
+The metrics are pure functions in float64.
 """
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from data import ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, image_tensor
+from data import list_images, load_checkpoint, progress, read_image, replacing, split, spread, to_float, to_uint8
+from data import write_text
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # the name ends with the start of the file's SHA-256
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception-v3
+
+# A line is a branch: layers in a chain, each "name channels kernel[/stride]" or a pooling; "+" puts two side by side.
+# Convolutions of stride 1 are padded to keep the size.
+BLOCK_5 = """branch1x1 64 1x1
+    branch5x5_1 48 1x1 > branch5x5_2 64 5x5
+    branch3x3dbl_1 64 1x1 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3
+    average > branch_pool {} 1x1"""
+BLOCK_6A = """branch3x3 384 3x3/2
+    branch3x3dbl_1 64 1x1 > branch3x3dbl_2 96 3x3 > branch3x3dbl_3 96 3x3/2
+    shrink"""
+BLOCK_6 = """branch1x1 192 1x1
+    branch7x7_1 {0} 1x1 > branch7x7_2 {0} 1x7 > branch7x7_3 192 7x1
+    branch7x7dbl_1 {0} 1x1 > branch7x7dbl_2 {0} 7x1 > branch7x7dbl_3 {0} 1x7 > branch7x7dbl_4 {0} 7x1 > branch7x7dbl_5 192 1x7
+    average > branch_pool 192 1x1"""
+BLOCK_7A = """branch3x3_1 192 1x1 > branch3x3_2 320 3x3/2
+    branch7x7x3_1 192 1x1 > branch7x7x3_2 192 1x7 > branch7x7x3_3 192 7x1 > branch7x7x3_4 192 3x3/2
+    shrink"""
+BLOCK_7 = """branch1x1 320 1x1
+    branch3x3_1 384 1x1 > branch3x3_2a 384 1x3 + branch3x3_2b 384 3x1
+    branch3x3dbl_1 448 1x1 > branch3x3dbl_2 384 3x3 > branch3x3dbl_3a 384 1x3 + branch3x3dbl_3b 384 3x1
+    {} > branch_pool 192 1x1"""
+BLOCKS = {
+    "Mixed_5b": BLOCK_5.format(32),
+    "Mixed_5c": BLOCK_5.format(64),
+    "Mixed_5d": BLOCK_5.format(64),
+    "Mixed_6a": BLOCK_6A,
+    "Mixed_6b": BLOCK_6.format(128),
+    "Mixed_6c": BLOCK_6.format(160),
+    "Mixed_6d": BLOCK_6.format(160),
+    "Mixed_6e": BLOCK_6.format(192),
+    "Mixed_7a": BLOCK_7A,
+    "Mixed_7b": BLOCK_7.format("average"),
+    "Mixed_7c": BLOCK_7.format("largest"),  # the 2015 graph has a max pool here
+}
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch normalisation, ReLU; `fuse` folds the normalisation into the convolution."""
+
+    def __init__(self, channels: int, out: int, kernel: tuple[int, int], stride: int = 1, padding: tuple | int = 0):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fuse(self) -> None:
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+
+
+class Mixed(nn.Module):
+    """Parallel branches, from a table as above: (B, channels, H, W) -> (B, self.out, H', W'), concatenated."""
+
+    def __init__(self, channels: int, table: str):
+        super().__init__()
+        self.average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+        self.largest = nn.MaxPool2d(3, stride=1, padding=1)
+        self.shrink = nn.MaxPool2d(3, stride=2)
+        self.branches, self.out = [], 0
+        for line in table.split("\n"):
+            steps = [[layer.split() for layer in step.split("+")] for step in line.split(">")]
+            self.branches.append([[layer[0] for layer in step] for step in steps])
+            self.out += self.add_branch(channels, steps)
+
+    def add_branch(self, channels: int, steps: list[list[list[str]]]) -> int:
+        """Make the convolutions of a branch -> its output channels."""
+        for step in steps:
+            layers = [layer for layer in step if len(layer) > 1]
+            for name, out, shape in layers:
+                kernel = tuple(int(side) for side in shape[:3].split("x"))
+                stride, padding = (2, 0) if shape.endswith("/2") else (1, (kernel[0] // 2, kernel[1] // 2))
+                self.add_module(name, ConvBN(channels, int(out), kernel, stride, padding))
+            channels = sum(int(out) for _, out, _ in layers) or channels
+        return channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([y for branch in self.branches for y in self.follow(branch, x)], dim=1)
+
+    def follow(self, branch: list[list[str]], x: Tensor) -> list[Tensor]:
+        """The outputs of a branch's last step; only that one has layers side by side."""
+        for (name,) in branch[:-1]:
+            x = getattr(self, name)(x)
+        return [getattr(self, name)(x) for name in branch[-1]]
+
+
+class InceptionV3(nn.Module):
+    """The Inception-v3 of FID (Heusel et al. 2017, the 2015 TensorFlow graph), with the official file's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, (3, 3), stride=2)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, (3, 3))
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, (3, 3), padding=1)
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, (1, 1))
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, (3, 3))
+        channels = 192
+        for name, table in BLOCKS.items():
+            block = Mixed(channels, table)
+            self.add_module(name, block)
+            channels = block.out
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """x (B, 3, 299, 299) from `inception_input` -> spatial means {64, 192, 768, 2048: (B, that many)}; FID uses 2048."""
+        levels = {}
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, stride=2)
+        levels[64] = x.mean(dim=(2, 3))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, stride=2)
+        levels[192] = x.mean(dim=(2, 3))
+        for name in BLOCKS:
+            x = getattr(self, name)(x)
+            if name in ("Mixed_6e", "Mixed_7c"):
+                levels[x.shape[1]] = x.mean(dim=(2, 3))
+        return levels
+
+    def logits(self, pool3: Tensor) -> Tensor:
+        """pool3 (B, 2048) -> (B, 1008), without the bias, as the Inception Score is computed; in the dtype of pool3."""
+        return pool3 @ self.fc.weight.to(pool3).T
+
+
+def inception_input(images: Tensor, resize: str = "tf1") -> Tensor:
+    """images uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299), in about [-1, 1]. Raises ValueError for other types.
+
+    tf1: source index i in / out (no half-pixel shift, no antialiasing), (x - 128) / 128; what ADM and torch-fidelity do.
+    pytorch-fid: half-pixel bilinear, 2 x / 255 - 1.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"Inception needs uint8 images (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    if resize == "tf1":
+        return (resize_tf1(images.float(), 299) - 128) / 128
+    if resize == "pytorch-fid":
+        return 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+    raise ValueError(f"resize is {resize!r}; it must be tf1 or pytorch-fid")
+
+
+def resize_tf1(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size), along the width first, as TensorFlow's ResizeBilinear rounds it."""
+    for dim in (3, 2):
+        length = x.shape[dim]
+        index = torch.arange(size, device=x.device, dtype=torch.float32) * torch.tensor(length / size)
+        low = index.long()
+        high, shape = (low + 1).clamp(max=length - 1), [size if d == dim else 1 for d in range(4)]
+        left, right = x.index_select(dim, low), x.index_select(dim, high)
+        x = left + (right - left) * (index - low).view(shape)
+    return x
+
+
+def inception_path() -> Path:
+    """Where torch's hub keeps the official file."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
+
+
+def load_inception(path: str | Path, device: torch.device) -> InceptionV3:
+    """The official file, with or without its num_batches_tracked (566 or 472 entries) -> fused and channels-last.
+
+    Raises UserError, which names the first key that differs.
+    """
+    state = load_checkpoint(path)
+    with torch.device("meta"):  # the file fills it
+        model = InceptionV3()
+    wanted = model.state_dict()
+    if not any(key.endswith("num_batches_tracked") for key in state):
+        wanted = {key: value for key, value in wanted.items() if not key.endswith("num_batches_tracked")}
+    for key in [*wanted, *state]:
+        expected, found = (getattr(part.get(key), "shape", None) for part in (wanted, state))
+        if expected != found:
+            shapes = [tuple(shape) if shape is not None else "absent" for shape in (expected, found)]
+            raise UserError(f"{path} is not FID's Inception: {key} is {shapes[1]}, expected {shapes[0]}")
+    model.load_state_dict(state, strict=False, assign=True)  # compared above
+    model.eval().requires_grad_(False)
+    for module in list(model.modules()):
+        if isinstance(module, ConvBN):
+            module.fuse()
+    return model.to(device, torch.float32, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def inception_features(model: InceptionV3, images: Tensor, resize: str = "tf1") -> Tensor:
+    """images uint8 (B, 3, H, W) -> pool3 float32 (B, 2048), on the CPU."""
+    x = inception_input(images.to(model.fc.weight.device), resize)
+    return model(x.contiguous(memory_format=torch.channels_last))[2048].cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float = 255.0) -> Tensor:
@@ -54,25 +276,609 @@ def check_pair(a: Tensor, b: Tensor) -> None:
         )
 
 
-def statistics(features: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """features (N, D), N >= 2 -> mean (D,) and covariance (D, D) with n - 1, float64. Raises ValueError on NaN."""
-    features = np.asarray(features, dtype=np.float64)
+def statistics(features: np.ndarray | Tensor, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+    """features (N, D), N >= 2 -> mean (D,) and covariance (D, D) with n - 1, float64. Raises ValueError on NaN.
+
+    In blocks of rows, so that float32 features are never copied whole.
+    """
+    features = torch.as_tensor(features)
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be (N, D) with N of at least 2, not {features.shape}")
-    if not np.isfinite(features).all():
-        raise ValueError(f"{int((~np.isfinite(features)).sum())} feature values are not finite")
-    return features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+        raise ValueError(f"features must be (N, D) with N of at least 2, not {tuple(features.shape)}")
+    mean = features.mean(dim=0, dtype=torch.float64)
+    if not mean.isfinite().all():
+        raise ValueError(f"{int((~features.isfinite()).sum())} feature values are not finite")
+    cov = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+    for rows in features.split(block):
+        centred = rows.double() - mean
+        cov += centred.T @ centred
+    return mean.cpu().numpy(), (cov / (len(features) - 1)).cpu().numpy()
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), float64 (Dowson and Landau 1982; Heusel et al. 2017).
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64 (Dowson and Landau 1982; Heusel et al. 2017).
 
-    By symmetric eigenvalues, so that singular covariances need no regularisation.
+    With S1 = R R^T from its eigenvalues, S1 S2 has the eigenvalues of the symmetric R^T S2 R: singular covariances need no
+    regularisation. Raises ValueError when the dimensions differ.
     """
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"statistics of {len(mean1)} and of {len(mean2)} dimensions cannot be compared")
     values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ cov2 @ root)
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps  # the square root would blow up rounding
+    root = vectors[:, kept] * np.sqrt(values[kept])
+    cross = np.linalg.eigvalsh(root.T @ cov2 @ root)
     trace = np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(cross.clip(min=0)).sum()
     return float(np.square(mean1 - mean2).sum() + trace)
+
+
+def adm_blocks(count: int, block: int = 5000) -> list[np.ndarray]:
+    """Consecutive blocks of range(count), the last one shorter: ADM's parts for the Inception Score."""
+    return [np.arange(start, min(start + block, count)) for start in range(0, count, block)]
+
+
+def fidelity_splits(count: int, splits: int = 10, seed: int | None = 2020) -> list[np.ndarray]:
+    """Equal parts of range(count), shuffled unless `seed` is None: torch-fidelity's parts for the Inception Score."""
+    order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
+    return [order[i * count // splits : (i + 1) * count // splits] for i in range(splits)]
+
+
+def inception_score(probabilities: np.ndarray | Tensor, parts: list[np.ndarray]) -> tuple[float, float]:
+    """exp(E KL(p(y|x) || p(y))) over each part of probabilities (N, K) -> mean and standard deviation over parts, float64.
+
+    Salimans et al. 2016. Each part counts the same, the last of `adm_blocks` too. Raises ValueError for an empty part.
+    """
+    probabilities, scores = torch.as_tensor(probabilities), []
+    for part in parts:
+        if not len(part):
+            raise ValueError(f"{len(probabilities)} images are too few for {len(parts)} parts")
+        p = probabilities[torch.from_numpy(part)].double()
+        divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(dim=0))  # 0 log 0 = 0
+        scores.append(divergence.sum(dim=1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features real (N, D), fake (M, D), float64.
+
+    Precision: the share of fake points within the ball of some real point, whose radius is the distance to its k-th nearest
+    other real point; recall: the reverse. Distances come in blocks of rows. Raises ValueError for k points or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need over {k} points, not {len(real)} and {len(fake)}")
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    precision = inside(fake, real, ball_radii(real, k, block), block)
+    recall = inside(real, fake, ball_radii(fake, k, block), block)
+    return precision.double().mean().item(), recall.double().mean().item()
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(N, D), (M, D) -> (N, M)."""
+    products = torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2)
+    return products.add_(a.square().sum(dim=1, keepdim=True)).clamp_(min=0)
+
+
+def ball_radii(points: Tensor, k: int, block: int) -> Tensor:
+    """(N, D) -> squared distance of each point to its k-th nearest other point (N,); the nearest is the point itself."""
+    parts = [squared_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(block)]
+    return torch.cat(parts)
+
+
+def inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tensor:
+    """Whether each point (N, D) lies within the ball of any centre (M, D), radii squared (M,) -> bool (N,)."""
+    return torch.cat([(squared_distances(rows, centres) <= radii).any(dim=1) for rows in points.split(block)])
+
+
+def linear_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, ridge: float = 0.01
+) -> float:
+    """Share of test (M, D) whose label a ridge regression from train (N, D) to one-hot labels finds, float64, closed form.
+
+    W = (X^T X / N + ridge I)^-1 X^T (Y - mean Y) / N on features of zero mean and unit variance.
+    """
+    train, test = train.double(), test.double()
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    targets = F.one_hot(train_labels, classes).double()
+    share = targets.mean(dim=0)
+    gram = train.T @ train / len(train) + ridge * torch.eye(len(mean), dtype=torch.float64, device=train.device)
+    weights = torch.linalg.solve(gram, train.T @ (targets - share) / len(train))
+    return ((test @ weights + share).argmax(dim=1) == test_labels).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of images, and their features from all processes
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A folder of images or an .npz: `shape` (N, H, W) of its images, or None; mean and covariance where stored.
+
+    `stored` holds them as mu and sigma, with what `stats` recorded beside them: N, hash, resize, weights.
+    """
+
+    path: str
+    shape: tuple[int, int, int] | None
+    files: list[str]
+    stored: dict
+
+    def batches(self, rows: list[range]) -> Iterator[Tensor]:
+        """The images of consecutive ranges -> uint8 (b, 3, H, W)."""
+        if self.files:
+            with ThreadPoolExecutor() as pool:
+                for part in rows:
+                    yield torch.stack(list(pool.map(read_exactly, [self.files[i] for i in part])))
+        elif rows:
+            yield from self.archived(rows)
+
+    def archived(self, rows: list[range]) -> Iterator[Tensor]:
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            array_header(file)
+            size = 3 * math.prod(self.shape[1:])
+            file.seek(rows[0].start * size, 1)
+            for part in rows:
+                pixels = file.read(len(part) * size)
+                if len(pixels) < len(part) * size:
+                    raise OSError(f"{self.path} is truncated")
+                images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+                yield images.view(len(part), *self.shape[1:], 3).permute(0, 3, 1, 2).contiguous()
+
+
+def read_exactly(path: str) -> Tensor:
+    """An image file -> uint8 (3, H, W); OSError names a damaged one."""
+    try:
+        return image_tensor(read_image(path))
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
+
+
+def array_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the .npy that begins here; the file stands at its data then."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def open_images(path: str) -> ImageSet:
+    """A folder (deep) of images of one size, or an .npz with arr_0 (N, H, W, 3) and / or mu and sigma. Raises UserError."""
+    if Path(path).is_dir():
+        return open_folder(path)
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; give a folder of images or an .npz")
+    try:
+        return open_npz(path)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        pickled = "pickle" in str(error)
+        reason = "it holds pickled objects, which are never loaded" if pickled else f"not a sound .npz ({error})"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
+def open_folder(path: str) -> ImageSet:
+    files = list_images(Path(path), deep=True)
+    if not files:
+        raise UserError(f"{path} has no images")
+    first = None
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size, mode = upright_size(image), image.mode
+        except Exception as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        if mode[0] in "FI":
+            raise UserError(f"{file} has pixels of type {mode}; metrics are defined on 8-bit images")
+        first = first or size
+        if size != first:
+            sizes = [f"{width} x {height}" for width, height in (first, size)]
+            raise UserError(
+                f"{path} has images of {sizes[0]} px ({files[0]}) and of {sizes[1]} px ({file}); crop them alike"
+            )
+    return ImageSet(path, (len(files), first[1], first[0]), files, {})
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the EXIF rotation, which `read_image` applies."""
+    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+
+
+def open_npz(path: str) -> ImageSet:
+    stored, shape = {}, None
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if "arr_0" in names:
+            with archive.open("arr_0.npy") as file:
+                found, fortran, dtype = array_header(file)
+            if dtype.hasobject:
+                raise ValueError("pickled array arr_0")
+            if dtype != np.uint8 or len(found) != 4 or found[3] != 3 or fortran or not found[0]:
+                raise UserError(f"{path}: arr_0 is {dtype} {found}; images must be uint8 (N, H, W, 3), values 0 to 255")
+            shape = found[:3]
+    if {"mu", "sigma"} <= set(names):
+        with np.load(path, allow_pickle=False) as arrays:
+            stored = {
+                name: arrays[name] for name in ("mu", "sigma", "N", "hash", "resize", "weights") if name in arrays
+            }
+        check_statistics(path, stored["mu"], stored["sigma"])
+    if not shape and not stored:
+        raise UserError(f"{path} has neither arr_0 nor mu and sigma, but {', '.join(names) or 'nothing'}")
+    return ImageSet(path, shape, [], stored)
+
+
+def check_statistics(path: str, mean: np.ndarray, cov: np.ndarray) -> None:
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: mu is {mean.shape} and sigma {cov.shape}; they must be (D,) and (D, D)")
+    if mean.dtype.kind != "f" or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f"{path}: mu and sigma must be finite floating-point numbers")
+
+
+def batch_rows(count: int, batch: int, processes: Processes) -> list[range]:
+    """This process's part of range(count) as batches; their borders do not depend on the process count."""
+    return [range(i * batch, min((i + 1) * batch, count)) for i in processes.share(math.ceil(count / batch))]
+
+
+def gather(parts: Iterator[dict[str, Tensor]], processes: Processes) -> dict[str, Tensor]:
+    """Each process's parts {name: (b, ...)} in the order of the ranks -> {name: (N, ...)} on the first one, {} elsewhere."""
+    parts = list(parts)
+    mine = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    every = [mine]
+    if processes.world > 1:
+        every = [{}] * processes.world if processes.first else None
+        dist.gather_object(mine, every)
+    every = [part for part in every or () if part]
+    return {name: torch.cat([part[name] for part in every]) for name in every[0]} if every else {}
+
+
+def digests(images: Tensor) -> Tensor:
+    """uint8 (b, ...) -> SHA-256 of each image's bytes, uint8 (b, 32)."""
+    return torch.stack(
+        [torch.tensor(list(hashlib.sha256(image.numpy().tobytes()).digest())) for image in images]
+    ).byte()
+
+
+def set_hash(digest: Tensor) -> str:
+    return hashlib.sha256(digest.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What turns images into features, and how it is told on the result card."""
+
+    model: InceptionV3
+    resize: str
+    weights: str  # SHA-256 of the file
+    batch: int
+    processes: Processes
+
+    @staticmethod
+    def load(args: argparse.Namespace, processes: Processes) -> "Evaluator":
+        path = Path(args.weights or inception_path())
+        if not path.is_file():
+            raise UserError(f"Inception weights are not at {path}; get {WEIGHTS_URL} and pass --weights PATH/{WEIGHTS}")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not sha256.startswith("6726825d"):
+            warn(f"{path} is not the official {WEIGHTS}: these figures compare with no published ones", processes)
+        return Evaluator(load_inception(path, processes.device), args.resize, sha256, args.batch_size, processes)
+
+    @property
+    def protocol(self) -> dict:
+        return {"resize": self.resize, "weights": self.weights}
+
+    def features(self, images: Tensor) -> Tensor:
+        return inception_features(self.model, images, self.resize)
+
+    def all_features(self, images: ImageSet) -> dict[str, Tensor]:
+        """{features (N, 2048), digests (N, 32)} on the first process."""
+        rows = batch_rows(images.shape[0], self.batch, self.processes)
+        steps = progress(images.batches(rows), f"features of {images.path}", self.processes, total=len(rows))
+        return gather(({"features": self.features(x), "digests": digests(x)} for x in steps), self.processes)
+
+
+def warn(text: str, processes: Processes) -> None:
+    if processes.first:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+FLAGS = {
+    "weights": {"default": "", "metavar": "FILE", "help": f"{WEIGHTS} (default: in torch hub's cache)"},
+    "resize": {"default": "tf1", "choices": ["tf1", "pytorch-fid"], "help": "convention (default: tf1, as ADM)"},
+    "is_parts": {"default": "adm", "choices": ["adm", "torch-fidelity"], "help": "parts of the Inception Score"},
+    "batch_size": {"type": int, "default": 50, "help": "images per forward and process; changes no figure"},
+    "card": {
+        "default": "",
+        "metavar": "FILE",
+        "help": "the result card to write (default: beside the samples, or in the run)",
+    },
+    "data": {
+        "default": "shapes",
+        "help": 'folder of images, all of them are used (default: "shapes", the built-in ones)',
+    },
+    "held_out": {"action": "store_true", "help": "only the images that training on this folder held out"},
+    "seed": {"type": int, "default": 0, "help": "of the sampled latents"},
+}
+
+
+def parse(command: str, places: str, flags: str, arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog=f"fid.py {command}", description=__doc__)
+    for name in places.split():
+        parser.add_argument(name)
+    for name in flags.split():
+        parser.add_argument(f"--{name}", **FLAGS[name])
+    args = parser.parse_args(arguments)
+    for name, least in (("batch_size", 1), ("seed", 0)):
+        if getattr(args, name, least) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    return args
+
+
+def start() -> Processes:
+    """Join the other processes; without TF32, which would show in the digits that matter."""
+    processes = Processes.start()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return processes
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two sets of a comparison: statistics, features (None where only statistics are stored), its card entry."""
+
+    statistics: tuple[np.ndarray, np.ndarray]
+    features: Tensor | None
+    record: dict
+
+
+def check_stored(images: ImageSet, protocol: dict) -> None:
+    """UserError where statistics were recorded under another convention or with other weights."""
+    for name in protocol.keys() & images.stored.keys():
+        if str(images.stored[name]) != protocol[name]:
+            raise UserError(
+                f"{images.path} was made with {name} {images.stored[name]}, not {protocol[name]}; make it again"
+            )
+
+
+def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes) -> Side | None:
+    """Features and statistics of a set, on the first process; stored statistics come before those of its images, as in ADM."""
+    found = evaluator.all_features(images) if images.shape else {}
+    if not processes.first:
+        return None
+    count = int(images.stored["N"]) if "N" in images.stored else images.shape[0] if images.shape else None
+    if images.stored:
+        pair = images.stored["mu"].astype(np.float64), images.stored["sigma"].astype(np.float64)
+        content = hashlib.sha256(pair[0].tobytes() + pair[1].tobytes()).hexdigest()
+        sha256 = str(images.stored.get("hash", content))
+    else:
+        with as_user_error(f"{images.path}: "):
+            pair, sha256 = statistics(found["features"]), set_hash(found["digests"])
+        if count <= len(pair[0]):
+            text = f"are too few for a full-rank covariance of {len(pair[0])} dimensions; FID is biased, use 50000"
+            warn(f"{images.path}: {count} images {text}", processes)
+    return Side(pair, found.get("features"), {"path": images.path, "N": count, "hash": sha256})
+
+
+def share(value: float, count: int) -> dict[str, float]:
+    """A share of `count` things, with its standard error."""
+    return {"value": value, "spread": math.sqrt(value * (1 - value) / count)}
+
+
+def average(values: Tensor) -> dict[str, float | None]:
+    """The mean over images, with its standard error; None where infinite."""
+    pair = values.mean().item(), values.std().item() / math.sqrt(len(values))
+    return dict(zip(("value", "spread"), (x if math.isfinite(x) else None for x in pair)))
+
+
+def sampler_settings(path: str) -> dict | None:
+    """What sample.py wrote beside the samples."""
+    beside = Path(path).with_suffix(".json")
+    return read_card(str(beside)) if beside.is_file() else None
+
+
+def read_card(path: str) -> dict:
+    try:
+        card = json.loads(Path(path).read_text())
+    except ValueError:
+        raise UserError(f"{path} is not JSON") from None
+    if not isinstance(card, dict):
+        raise UserError(f"{path} is not a result card")
+    return card
+
+
+def finish(card: dict, begun: float, path: str | Path) -> None:
+    """Print the table and write the card."""
+    card["seconds"] = round(time.perf_counter() - begun, 1)
+    print(f"{card['command']}: {card['N']} images, reference {card['reference']['path']} ({card['reference']['N']})")
+    for name, number in card["values"].items():
+        spread_text = f" +- {number['spread']:.4f}" if number.get("spread") is not None else ""
+        print(f"  {name:24}" + ("infinite" if number["value"] is None else f"{number['value']:.4f}{spread_text}"))
+    write_text(json.dumps(card, indent=1), path)
+    print(f"wrote {path}")
+
+
+def gfid(arguments: list[str]) -> None:
+    """FID, Inception Score, precision and recall of samples against a reference."""
+    args = parse("gfid", "samples reference", "weights resize is_parts batch_size card", arguments)
+    begun, processes = time.perf_counter(), start()
+    sets = open_images(args.samples), open_images(args.reference)
+    evaluator = Evaluator.load(args, processes) if any(images.shape for images in sets) else None
+    protocol = evaluator.protocol if evaluator else {}
+    for images in sets:
+        check_stored(images, protocol or {k: str(v) for k, v in sets[0].stored.items() if k in ("resize", "weights")})
+    samples, reference = (measure(images, evaluator, processes) for images in sets)
+    if not processes.first:
+        return
+    with as_user_error(f"{args.samples} and {args.reference}: "):
+        values = {"fid": {"value": frechet_distance(*samples.statistics, *reference.statistics)}}
+        if samples.features is not None:
+            probabilities = evaluator.model.logits(samples.features.double().to(processes.device)).softmax(dim=1)
+            parts = (adm_blocks if args.is_parts == "adm" else fidelity_splits)(len(probabilities))
+            values["inception_score"] = dict(zip(("value", "spread"), inception_score(probabilities.cpu(), parts)))
+            protocol = protocol | {"is_parts": args.is_parts}
+        if samples.features is not None and reference.features is not None:
+            chosen = spread(len(reference.features), 10_000)  # as many as ADM's reference batches have
+            fake, real = samples.features.to(processes.device), reference.features[chosen].to(processes.device)
+            precision, recall = precision_recall(real, fake)
+            values |= {"precision": share(precision, len(fake)), "recall": share(recall, len(real))}
+            protocol = protocol | {"precision_recall_reference": len(real), "k": 3}
+    card = {"command": "gfid", "values": values, "N": samples.record["N"], "reference": reference.record}
+    card |= {"protocol": protocol, "samples": samples.record, "sampler": sampler_settings(args.samples)}
+    finish(card, begun, args.card or Path(args.samples).with_suffix(".gfid.json"))
+
+
+def stats(arguments: list[str]) -> None:
+    """Mean and covariance of a folder or .npz of images, with how they were made."""
+    args = parse("stats", "images out", "weights resize batch_size", arguments)
+    processes, images = start(), open_images(args.images)
+    if images.shape is None:
+        raise UserError(f"{args.images} holds statistics already")
+    evaluator = Evaluator.load(args, processes)
+    side = measure(ImageSet(images.path, images.shape, images.files, {}), evaluator, processes)
+    if not processes.first:
+        return
+    arrays = {"mu": side.statistics[0], "sigma": side.statistics[1], "N": side.record["N"], "hash": side.record["hash"]}
+    with replacing(args.out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, **evaluator.protocol)
+    print(f"wrote {args.out}: mu and sigma of {side.record['N']} images")
+
+
+def open_run(args: argparse.Namespace, processes: Processes):
+    """The run, its data set, and the items to use."""
+    from sample import load_run  # only these two commands need the models
+
+    run = load_run(args.run, processes.device)
+    size = run.config["image_size"]
+    dataset = Shapes(size) if args.data == "shapes" else ImageFolder(args.data, size)
+    return run, dataset
+
+
+def crops(dataset: ImageFolder | Shapes, items: list[int]) -> tuple[Tensor, Tensor]:
+    """-> uint8 (b, 3, S, S), labels (b,). OSError names an unreadable file: no other image may stand in for it here."""
+    with ThreadPoolExecutor() as pool:
+        images, labels, bad = zip(*pool.map(dataset.__getitem__, items))
+    unreadable = [index for index in bad if index >= 0]
+    if unreadable:
+        raise OSError(f"{dataset.name(unreadable[0])} is not a readable image")
+    return torch.stack(images), torch.tensor(labels)
+
+
+@torch.no_grad()
+def reconstructions(tokenizer: nn.Module, images: Tensor, items: list[int], seed: int) -> dict[str, Tensor]:
+    """images uint8 (b, 3, S, S) -> their reconstructions from posterior mean and from a sample, seeded per item; uint8."""
+    posterior = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device)))
+    rows = [np.random.default_rng((seed, i)).standard_normal(posterior.mean.shape[1:], np.float32) for i in items]
+    sampled = posterior.sample(torch.from_numpy(np.stack(rows)).to(posterior.mean))
+    return {name: to_uint8(tokenizer.decode(z)).cpu() for name, z in (("mean", posterior.mean), ("sampled", sampled))}
+
+
+def rfid(arguments: list[str]) -> None:
+    """rFID, PSNR and SSIM of a run's reconstructions against the very crops that were encoded."""
+    args = parse("rfid", "run", "data held_out seed weights resize batch_size card", arguments)
+    begun, processes = time.perf_counter(), start()
+    evaluator = Evaluator.load(args, processes)
+    run, dataset = open_run(args, processes)
+    items = np.arange(len(dataset))
+    if args.held_out:
+        items = split(len(dataset), run.config["eval_images"])[1]
+    elif Path(args.data) == Path(run.config["data"] or "shapes"):
+        warn(f"the run was trained on {args.data}; --held_out takes only what that held out", processes)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for rows in progress(batch_rows(len(items), args.batch_size, processes), "reconstructions", processes):
+            chosen = [int(items[i]) for i in rows]
+            images, _ = crops(dataset, chosen)
+            part = {"features": evaluator.features(images), "digests": digests(images)}
+            for name, copies in reconstructions(run.tokenizer, images, chosen, args.seed).items():
+                part[f"rfid_{name}"] = evaluator.features(copies)
+                part |= {f"psnr_{name}": psnr(images, copies), f"ssim_{name}": ssim(images, copies)}
+            yield part
+
+    with as_user_error(f"{args.run}: "):
+        found = gather(parts(), processes)
+    if not processes.first:
+        return
+    with as_user_error(f"{args.data}: "):
+        reference, values = statistics(found["features"]), {}
+        for name in ("mean", "sampled"):
+            distance = frechet_distance(*statistics(found[f"rfid_{name}"]), *reference)
+            values[f"rfid_{name}"] = {"value": distance}
+            values |= {key: average(found[key]) for key in (f"psnr_{name}", f"ssim_{name}")}
+    if len(items) <= 2048:
+        warn(
+            f"{len(items)} images are too few for a full-rank covariance of 2048 dimensions; rFID is biased", processes
+        )
+    record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
+    card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}
+    finish(card | {"run": args.run, "seed": args.seed}, begun, args.card or Path(args.run) / "rfid.json")
+
+
+def probe(arguments: list[str]) -> None:
+    """Accuracy of a linear probe on the posterior means: trained on nine tenths of the data, tested on the rest."""
+    args = parse("probe", "run", "data batch_size card", arguments)
+    begun, processes = time.perf_counter(), start()
+    run, dataset = open_run(args, processes)
+    if len(dataset.classes) < 2 or len(dataset) < 20:
+        raise UserError(
+            f"{args.data} has {len(dataset)} images in {len(dataset.classes)} classes; 20 in 2 are the least"
+        )
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for rows in progress(batch_rows(len(dataset), args.batch_size, processes), "latents", processes):
+            images, labels = crops(dataset, list(rows))
+            with torch.no_grad():
+                latents = run.tokenizer.encode(to_float(images.to(processes.device))).mean
+            yield {"latents": latents.flatten(1).cpu(), "labels": labels, "digests": digests(images)}
+
+    found = gather(parts(), processes)
+    if not processes.first:
+        return
+    train, test = (torch.from_numpy(items) for items in split(len(dataset), len(dataset)))
+    x, y = found["latents"].to(processes.device), found["labels"].to(processes.device)
+    accuracy = linear_probe(x[train], y[train], x[test], y[test], len(dataset.classes))
+    record = {"path": args.data, "N": len(dataset), "hash": set_hash(found["digests"])}
+    values = {"accuracy": share(accuracy, len(test))}
+    protocol = {"solver": "ridge", "ridge": 0.01, "train": len(train), "test": len(test)}
+    card = {"command": "probe", "values": values, "N": len(test), "reference": record, "protocol": protocol}
+    finish(card | {"run": args.run}, begun, args.card or Path(args.run) / "probe.json")
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    """Why two cards are not comparable; nothing to say when they are."""
+    facts = [
+        {"command": c["command"], "N": c["N"], "reference": c["reference"]["hash"], **c["protocol"]} for c in (a, b)
+    ]
+    keys = facts[0] | facts[1]
+    return [
+        f"{key} is {facts[0].get(key)} and {facts[1].get(key)}"
+        for key in keys
+        if facts[0].get(key) != facts[1].get(key)
+    ]
+
+
+def compare(arguments: list[str]) -> None:
+    """Say whether two result cards are comparable, and print them side by side."""
+    args = parse("compare", "a b", "", arguments)
+    cards = read_card(args.a), read_card(args.b)
+    for path, card in zip((args.a, args.b), cards):
+        if not {"command", "values", "N", "reference", "protocol"} <= card.keys():
+            raise UserError(f"{path} is not a result card of fid.py")
+    a, b = cards
+    for name in a["values"] | b["values"]:
+        numbers = [card["values"].get(name, {}).get("value") for card in cards]
+        print(f"  {name:24}" + "".join(f"{'-' if x is None else format(x, '.4f'):>14}" for x in numbers))
+    settings = [card.get("sampler") or {} for card in cards]
+    for name in settings[0] | settings[1]:
+        if settings[0].get(name) != settings[1].get(name):
+            print(f"  {name:24}{settings[0].get(name)!s:>14}{settings[1].get(name)!s:>14}")
+    reasons = differences(a, b)
+    print("not comparable: " + "; ".join(reasons) if reasons else "comparable: same protocol, count and reference")
+
+
+COMMANDS = {"gfid": gfid, "rfid": rfid, "probe": probe, "stats": stats, "compare": compare}
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=list(COMMANDS), help="fid.py COMMAND --help tells its flags")
+    COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
+
+
+if __name__ == "__main__":
+    command_line(main)

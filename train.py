@@ -46,8 +46,9 @@ from data import (
     state_hash,
 )
 from data import progress, to_float, write_image, write_text
-from fid import psnr, ssim
-from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, reconstruct
+from fid import batch_rows, frechet_distance, gather, inception_features, inception_path, load_inception
+from fid import psnr, ssim, statistics
+from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, generate, label_of, reconstruct
 from sit import SiT, drop_labels, flow_matching_loss
 from tokenizer import Tokenizer, load_dinov2
 
@@ -97,6 +98,7 @@ class Config:
     guidance: float = arg(3.0, "scale of the samples at the end (paper: 2.3 for 128 tokens, 2.4 for 64)")
     # the run
     ema_decay: float = arg(0.999, "of the weights that are evaluated, after a warm-up (paper: 0.9999)")
+    eval_every: int = arg(800, "steps between evaluations of held-out images, which are also evaluated at the end")
     eval_images: int = arg(256, "images held out for PSNR and SSIM, at most a tenth of the data (ours)")
     log_every: int = arg(50, "steps between lines of log.jsonl")
     save_every: int = arg(500, "steps between checkpoints")
@@ -109,7 +111,7 @@ FULL = {
     "mask_ratio": 0.7, "align_weight": 0.1,
     "batch_size": 256, "micro_batch": 32, "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000,
     "sit": "XL", "sit_batch_size": 256, "sit_lr": 1e-4, "sit_steps": 400_000, "sample_steps": 250, "guidance": 2.3,
-    "ema_decay": 0.9999, "eval_images": 5_000, "log_every": 100, "save_every": 5_000, "workers": 8,
+    "ema_decay": 0.9999, "eval_every": 10_000, "eval_images": 5_000, "log_every": 100, "save_every": 5_000, "workers": 8,
 }  # fmt: skip
 AT_512 = {
     "image_size": 512, "batch_size": 128, "micro_batch": 8, "warmup_steps": 10_000, "tokenizer_steps": 500_000,
@@ -123,10 +125,13 @@ PRESETS = {
     "bl512": FULL | AT_512 | {"size": "BL", "tokens": 64, "guidance": 2.4},
 }
 
-POSITIVE = "tokenizer_steps decoder_steps sit_steps batch_size sit_batch_size eval_images log_every save_every sample_steps".split()
+POSITIVE = "tokenizer_steps decoder_steps sit_steps batch_size sit_batch_size sample_steps".split()
+POSITIVE += "eval_every eval_images log_every save_every".split()
 NOT_NEGATIVE = "micro_batch sit_micro_batch warmup_steps workers seed kl_weight align_weight lr sit_lr guidance".split()
 # Fields that may differ between a checkpoint and its resumption: for every stage, and those that a stage does not read.
-FREE = set("data out micro_batch sit_micro_batch log_every save_every workers compile guidance sample_steps".split())
+FREE = set(
+    "data out micro_batch sit_micro_batch eval_every log_every save_every workers compile guidance sample_steps".split()
+)
 SIT_FIELDS = set("sit sit_batch_size sit_lr sit_steps".split())
 UNREAD = {"tokenizer": SIT_FIELDS | {"decoder_steps"}, "decoder": SIT_FIELDS}
 UNREAD["sit"] = {"sit_steps", "decoder_steps"}  # its learning rate is constant: it may be trained for longer
@@ -309,6 +314,7 @@ class Job:
     micro_batch: int
     steps: int
     lr: Callable[[int], float]  # step -> learning rate
+    evaluate: Callable[[nn.Module], dict] = lambda average: {}  # the moving average -> numbers for log.jsonl
     extra: dict = field(default_factory=dict)  # goes into the checkpoint
 
 
@@ -357,6 +363,8 @@ def fit(job: Job, context: Context) -> nn.Module:
             if done % config.log_every == 0 or done == job.steps:
                 line = meter.write(done, job.lr(step), skipped)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
+            if done % config.eval_every == 0 and done < job.steps:
+                meter.append({"stage": job.stage, "step": done, **job.evaluate(ema)})
             stopping = stop.agreed(processes)
             if stopping or done % config.save_every == 0 or done == job.steps:
                 save(job, context, ema, optimizer, done)
@@ -456,7 +464,7 @@ class Meter:
     """Averages what is logged on the device, and writes a line of log.jsonl every log_every steps."""
 
     def __init__(self, job: Job, context: Context, first: int):
-        self.job, self.world = job, context
+        self.job, self.context = job, context
         self.path = context.path("log.jsonl")
         self.warned = False
         if context.processes.first:
@@ -476,18 +484,17 @@ class Meter:
 
     def write(self, step: int, lr: float, skipped: Tensor) -> dict:
         """Average over steps and processes, print warnings, append the line, return it; UserError if the run cannot go on."""
-        processes, steps = self.world.processes, step - self.start
+        processes, steps = self.context.processes, step - self.start
         averages = {key: processes.sum(value / steps / processes.world) for key, value in self.sums.items()}
         seconds = time.perf_counter() - self.time
         line = {"stage": self.job.stage, "step": step, **describe(averages), "lr": lr}
         line["images_per_second"] = self.job.batch_size * steps / seconds
         line["memory_gb"] = peak_memory(processes.device) / 1e9
         line["skipped_steps"] = int(skipped[0])
-        line["bad_images"] = self.world.bad.check(processes)
+        line["bad_images"] = self.context.bad.check(processes)
         self.reset(step)
+        self.append(line)
         if processes.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({key: tidy(value) for key, value in line.items()}) + "\n")
             warning = collapse_warning(line)
             if warning and not self.warned:
                 tqdm.write(warning, file=sys.stderr)
@@ -498,6 +505,11 @@ class Meter:
                 f"the last checkpoint is kept; start again in another --out with a lower learning rate"
             )
         return line
+
+    def append(self, line: dict) -> None:
+        if self.context.processes.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({key: tidy(value) for key, value in line.items()}) + "\n")
 
 
 def tidy(value: float | int | str) -> float | int | str | None:
@@ -655,6 +667,7 @@ def tokenizer_job(context: Context) -> Job:
         micro_batch=config.micro_batch,
         steps=config.tokenizer_steps,
         lr=warmup_cosine(config),
+        evaluate=lambda average: reconstruction_quality(average, context),
     )
 
 
@@ -696,6 +709,7 @@ def decoder_job(context: Context) -> Job:
         micro_batch=config.micro_batch,
         steps=config.decoder_steps,
         lr=lr,
+        evaluate=lambda average: reconstruction_quality(average, context),
     )
 
 
@@ -800,20 +814,70 @@ def sit_job(context: Context) -> Job:
 # What a run shows
 
 
+def distance_features(context: Context) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """What a Frechet distance is called, and its features of uint8 images (b, 3, S, S) -> (b, D).
+
+    FID where the official Inception file is in torch hub's cache; else HOG features of a 4 x 4 grid, which are no FID.
+    """
+    device, path = context.processes.device, inception_path()
+    if path.is_file():
+        model = load_inception(path, device)
+        return "fid", lambda images: inception_features(model, images)
+    hog = HOG(4)
+    return "hog_frechet_distance", lambda images: hog(to_float(images))[1].flatten(1)
+
+
 @torch.no_grad()
-def evaluate(tokenizer: Tokenizer, context: Context) -> dict[str, float]:
-    """PSNR (dB) and SSIM of held-out images against their reconstructions from the posterior mean, both as uint8."""
-    mine = [int(context.eval_items[i]) for i in context.processes.share(len(context.eval_items))]
-    sums = torch.zeros(3, dtype=torch.float64, device=context.processes.device)
-    for images, _, bad in loader(context.dataset, [mine[i : i + 64] for i in range(0, len(mine), 64)], 0):
+def reconstruction_quality(tokenizer: Tokenizer, context: Context) -> dict[str, float]:
+    """Held-out images against their reconstructions from the posterior mean: PSNR (dB), SSIM, distance; {} but on rank 0."""
+    name, features = distance_features(context)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for images in held_out_batches(context):
+            copies = reconstruct(tokenizer, images)
+            yield {
+                "psnr": psnr(images, copies),
+                "ssim": ssim(images, copies),
+                "originals": features(images),
+                "copies": features(copies),
+            }
+
+    found = gather(parts(), context.processes)
+    if not found:
+        return {}
+    distance = frechet_distance(*statistics(found["copies"]), *statistics(found["originals"]))
+    numbers = {"psnr": found["psnr"].mean().item(), "ssim": found["ssim"].mean().item(), name: distance}
+    return {key: round(value, 4) for key, value in numbers.items()} | {"held_out_images": len(found["psnr"])}
+
+
+@torch.no_grad()
+def sample_quality(run: Run, sampler: SamplerSettings, context: Context) -> dict[str, float]:
+    """As many samples as there are held-out images, against those: their distance; {} but on rank 0."""
+    name, features = distance_features(context)
+    processes, count = context.processes, len(context.eval_items)
+    classes = list(range(max(1, len(run.classes))))
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for rows in batch_rows(count, 64, processes):
+            labels = torch.tensor([label_of(i, classes) for i in rows])
+            yield {"samples": features(generate(run, sampler, labels, list(rows), processes.device))}
+
+    samples = gather(parts(), processes)
+    originals = gather(({"originals": features(images)} for images in held_out_batches(context)), processes)
+    if not samples:
+        return {}
+    distance = frechet_distance(*statistics(samples["samples"]), *statistics(originals["originals"]))
+    return {name: round(distance, 4), "samples": count, "held_out_images": len(originals["originals"])}
+
+
+def held_out_batches(context: Context) -> Iterator[Tensor]:
+    """This process's readable held-out images, uint8 (b, 3, S, S)."""
+    lists = [
+        context.eval_items[list(rows)].tolist() for rows in batch_rows(len(context.eval_items), 64, context.processes)
+    ]
+    for images, _, bad in loader(context.dataset, lists, 0):
         context.bad.note(bad)
-        images = images[bad < 0]  # what stands in for an unreadable file may be a training image
-        copies = reconstruct(tokenizer, images)
-        quality = [psnr(images, copies).sum(), ssim(images, copies).sum(), torch.tensor(len(images))]
-        sums += torch.stack([value.double() for value in quality]).to(sums.device)
-    total = context.processes.sum(sums)
-    means = total[:2] / total[2]
-    return {"psnr": round(means[0].item(), 3), "ssim": round(means[1].item(), 4), "held_out_images": int(total[2])}
+        yield images[bad < 0]  # what stands in for an unreadable file may be a training image
 
 
 def draw_reconstructions(tokenizer: Tokenizer, context: Context) -> None:
@@ -849,13 +913,15 @@ def draw_masks(context: Context) -> None:
     write_image(torch.stack(rows), context.path("masks.png"))
 
 
-def draw_samples(run: Run, context: Context) -> dict:
-    """samples.png: 8 samples of each of the first 10 classes -> the sampler's settings."""
-    config = context.config
+def show_samples(sit: nn.Module, tokenizer: Tokenizer, context: Context) -> dict:
+    """samples.png: 8 samples of each of the first 10 classes -> the sampler's settings and the quality of more samples."""
+    config, processes = context.config, context.processes
+    run = Run(asdict(config), list(context.dataset.classes), tokenizer, sit)
     sampler = SamplerSettings(steps=config.sample_steps, guidance=default_guidance(run), seed=config.seed)
-    classes = list(range(max(1, min(10, len(run.classes)))))
-    write_image(class_grid(run, sampler, classes, 8, context.processes.device), context.path("samples.png"))
-    return asdict(sampler)
+    if processes.first:
+        classes = list(range(max(1, min(10, len(run.classes)))))
+        write_image(class_grid(run, sampler, classes, 8, processes.device), context.path("samples.png"))
+    return {"sampler": asdict(sampler), **sample_quality(run, sampler, context)}
 
 
 def run_stage(stage: str, context: Context) -> dict:
@@ -869,9 +935,8 @@ def run_stage(stage: str, context: Context) -> dict:
     if stage == "sit":
         tokenizer = load_trained_tokenizer(context)
         tokenizer.load_state_dict(job.extra["tokenizer"])
-        run = Run(asdict(context.config), list(context.dataset.classes), tokenizer, model)
-        return {"sampler": draw_samples(run, context)} if context.processes.first else {}
-    numbers = evaluate(model, context)
+        return show_samples(model, tokenizer, context)
+    numbers = job.evaluate(model)
     if context.processes.first:
         draw_reconstructions(model, context)
         if stage == "tokenizer":
@@ -944,6 +1009,8 @@ def synchronize(device: torch.device) -> None:
 def open_context(config: Config, processes: Processes) -> Context:
     """Find the data and split it."""
     dataset = ImageFolder(config.data, config.image_size) if config.data else Shapes(config.image_size)
+    if len(dataset) < 2:
+        raise UserError(f"{config.data} has only one image; two are the least")
     train_items, eval_items = split(len(dataset), config.eval_images)
     return Context(config, processes, dataset, train_items, eval_items, BadFiles(dataset))
 

@@ -1,16 +1,19 @@
-"""Make tests/reference.npz from the public-implementation outputs in a folder of golden files (kept outside the repository).
+"""Make tests/reference.npz and tests/reference_fid.npz from the public-implementation outputs in a folder of golden files.
 
-    python tests/make_reference.py GOLDEN_FOLDER
+    python tests/make_reference.py GOLDEN_FOLDER    # kept outside the repository
 
-The golden files hold outputs of DINOv2 (facebookresearch), timm, MAETok's SiT, REPA's samplers, scikit-image and pytorch-fid on
-deterministic weights (tests/reference.py, `fill`). Only small parts are kept: one image per case, a stride over patch tokens.
+The golden files hold outputs of DINOv2 (facebookresearch), timm, MAETok's SiT, REPA's samplers, scikit-image, pytorch-fid,
+torch-fidelity and ADM's evaluator on deterministic weights (tests/reference.py, `fill`). Only small parts are kept: one image
+per case, a stride over patch tokens.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -20,6 +23,32 @@ def first_image(x: np.ndarray) -> np.ndarray:
     pixels = (x[0].transpose(1, 2, 0) * STD + MEAN) * 255
     assert np.abs(pixels - np.rint(pixels)).max() < 1e-3
     return np.rint(pixels).astype(np.uint8).transpose(2, 0, 1)
+
+
+def png(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> the bytes of a PNG file, smaller than the pixels in an .npz."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def fid_arrays(golden: Path) -> dict[str, np.ndarray]:
+    """The first image of each Inception case, and what the metrics need."""
+    inception, out = np.load(golden / "inception.npz"), {}
+    for i in range(3):
+        out[f"inception/image_{i}"] = png(inception[f"images_{i}"][0])
+        for name in ("feat64", "feat192", "feat768", "pool3", "logits_unbiased"):
+            out[f"inception/{name}_{i}"] = inception[f"torchfidelity_{name}_{i}"][0]
+        out[f"inception/pytorchfid_pool3_{i}"] = inception[f"pytorchfid_pool3_{i}"][0]
+        for name in ("torchfidelity", "pytorchfid"):
+            out[f"inception/{name}_resized_{i}"] = inception[f"{name}_resized_slice_{i}"][:, :8, :8]
+    score = np.load(golden / "metrics_is.npz")
+    out |= {f"metrics_is/{key}": score[key] for key in score if key != "probs"}
+    precision_recall = np.load(golden / "metrics_pr.npz")
+    out |= {f"metrics_pr/{key}": precision_recall[key] for key in precision_recall if "2048" in key}
+    name = "pt_inception-2015-12-05-6726825d"
+    out[f"contract/{name}"] = np.array((golden / "contracts" / f"{name}.json").read_text())
+    return out
 
 
 def main(golden: Path) -> None:
@@ -49,6 +78,7 @@ def main(golden: Path) -> None:
         contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
         out[f"contract/{name}"] = np.array(json.dumps(contract))
     np.savez_compressed(Path(__file__).with_name("reference.npz"), **out)
+    np.savez_compressed(Path(__file__).with_name("reference_fid.npz"), **fid_arrays(golden))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 ARRAYS = np.load(Path(__file__).with_name("reference.npz"))  # see make_reference.py
+FID_ARRAYS = np.load(Path(__file__).with_name("reference_fid.npz"))
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -24,14 +25,19 @@ def array(name: str) -> torch.Tensor:
 
 def contract(name: str) -> dict[str, list[int]]:
     """Key -> shape of an official weight file."""
-    return json.loads(str(ARRAYS[f"contract/{name}"]))
+    arrays = ARRAYS if f"contract/{name}" in ARRAYS else FID_ARRAYS
+    return json.loads(str(arrays[f"contract/{name}"]))
 
 
 def fill(key: str, shape: list[int]) -> torch.Tensor:
     """The weights that the reference outputs were computed with: normal numbers seeded by the key's CRC-32, scaled by kind."""
     normal = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
     last = key.rsplit(".", 1)[-1]
-    if last in ("pos_embed", "cls_token", "mask_token", "register_tokens"):
+    if last == "num_batches_tracked":
+        return torch.zeros(shape, dtype=torch.int64)
+    if last == "running_var":
+        values = 1 + 0.1 * np.abs(normal)
+    elif last in ("pos_embed", "cls_token", "mask_token", "register_tokens"):
         values = 0.02 * normal
     elif normal.ndim >= 2:
         values = normal * np.sqrt((2 if normal.ndim == 4 else 1) / np.prod(shape[1:]))
@@ -43,6 +49,17 @@ def fill(key: str, shape: list[int]) -> torch.Tensor:
 def filled(name: str) -> dict[str, torch.Tensor]:
     """A state dict of the official format with deterministic contents."""
     return {key: fill(key, shape) for key, shape in contract(name).items()}
+
+
+def low_rank_features(arguments: np.ndarray) -> torch.Tensor:
+    """The (n, d) features that a reference value was computed from: 0.4 + 0.2 (scale Z W / sqrt(rank) + 0.5 E) + shift M."""
+    seed_basis, seed_rows, n, d, rank = (int(x) for x in arguments[:5])
+    scale, shift = arguments[5:]
+    basis, rows = np.random.default_rng(seed_basis), np.random.default_rng(seed_rows)
+    w, m = basis.standard_normal((rank, d)), basis.standard_normal(d)
+    z, e = rows.standard_normal((n, rank)), rows.standard_normal((n, d))
+    features = 0.4 + 0.2 * (scale * (z @ w) / np.sqrt(rank) + 0.5 * e) + shift * m
+    return torch.from_numpy(features.astype(np.float32))
 
 
 def imagenet_normalised(name: str) -> torch.Tensor:

@@ -1,9 +1,18 @@
+"""fid.py: metrics against closed forms and public implementations, Inception, the command line."""
+
+import io
+import json
+import subprocess
+
 import numpy as np
 import pytest
 import torch
-from reference import ARRAYS, array
+from PIL import Image
+from reference import ARRAYS, ENV, FID_ARRAYS, array, command, filled, low_rank_features, make_folder, succeed
 
 import fid
+import sample
+from data import UserError, save_checkpoint
 
 
 def images(name):
@@ -62,3 +71,349 @@ def test_bad_features_are_named():
         fid.statistics(np.zeros((1, 4)))
     with pytest.raises(ValueError, match="4 and of 3"):
         fid.frechet_distance(np.zeros(4), np.eye(4), np.zeros(3), np.eye(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception
+
+
+INCEPTION = "pt_inception-2015-12-05-6726825d"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of the official format with generated contents."""
+    path = tmp_path_factory.mktemp("weights") / f"{INCEPTION}.pth"
+    torch.save(filled(INCEPTION), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(weights):
+    return fid.load_inception(weights, torch.device("cpu"))
+
+
+def inception_case(i):
+    image = Image.open(io.BytesIO(FID_ARRAYS[f"inception/image_{i}"].tobytes()))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def expected(name):
+    return torch.from_numpy(FID_ARRAYS[f"inception/{name}"])[None]
+
+
+@pytest.mark.parametrize("i", range(3))  # 256 x 256, 299 x 299, 240 x 320 px
+def test_inception_equals_torch_fidelity_at_every_level(inception, i):
+    x = fid.inception_input(inception_case(i))
+    pixels = (x * 128 + 128)[:, :, 100:108, 200:208]
+    torch.testing.assert_close(pixels, expected(f"torchfidelity_resized_{i}"), atol=1e-3, rtol=0)
+    with torch.no_grad():
+        levels = inception(x)
+    assert list(levels) == [64, 192, 768, 2048]
+    for width, name in ((64, "feat64"), (192, "feat192"), (768, "feat768"), (2048, "pool3")):
+        torch.testing.assert_close(levels[width], expected(f"{name}_{i}"), atol=3e-5, rtol=0)
+    torch.testing.assert_close(inception.logits(levels[2048]), expected(f"logits_unbiased_{i}"), atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_the_other_convention_equals_pytorch_fid(inception, i):
+    x = fid.inception_input(inception_case(i), "pytorch-fid")
+    pixels = ((x + 1) / 2)[:, :, 100:108, 200:208]
+    torch.testing.assert_close(pixels, expected(f"pytorchfid_resized_{i}"), atol=5e-6, rtol=0)
+    features = fid.inception_features(inception, inception_case(i), "pytorch-fid")
+    torch.testing.assert_close(features, expected(f"pytorchfid_pool3_{i}"), atol=3e-5, rtol=0)
+
+
+def test_inception_refuses_floats_and_unknown_conventions():
+    with pytest.raises(ValueError, match=r"uint8 images .* not torch.float32"):
+        fid.inception_input(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="'clean'; it must be tf1 or pytorch-fid"):
+        fid.inception_input(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "clean")
+
+
+def test_inception_files_are_accepted_without_counters_and_else_strictly(tmp_path, weights, inception):
+    state = torch.load(weights)
+    assert len(state) == 566
+    short = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(short) == 472
+    torch.save(short, tmp_path / "short.pth")
+    loaded = fid.load_inception(tmp_path / "short.pth", torch.device("cpu")).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in inception.state_dict().items())
+    for change, named in (
+        ({"fc.bias": torch.zeros(1000)}, r"fc.bias is \(1000,\), expected \(1008,\)"),
+        ({"extra": torch.zeros(1)}, r"extra is \(1,\), expected absent"),
+        ({"Mixed_5b.branch1x1.bn.weight": None}, r"Mixed_5b.branch1x1.bn.weight is absent, expected \(64,\)"),
+    ):
+        torch.save(short | change, tmp_path / "bad.pth")
+        with pytest.raises(UserError, match=named):
+            fid.load_inception(tmp_path / "bad.pth", torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics of features
+
+
+def test_inception_score_equals_torch_fidelity_and_adm():
+    def value(name):
+        return FID_ARRAYS[f"metrics_is/{name}"]
+
+    logits = torch.from_numpy(value("logits"))
+    probabilities, count = logits.double().softmax(dim=1), len(logits)
+    for parts, name in (
+        (fid.fidelity_splits(count), "torchfidelity_splits10_shuffle"),
+        (fid.fidelity_splits(count, seed=None), "torchfidelity_splits10_noshuffle"),
+        (fid.fidelity_splits(count, 1), "torchfidelity_splits1"),
+    ):
+        assert fid.inception_score(probabilities, parts) == pytest.approx(tuple(value(name)), rel=1e-9, abs=1e-12)
+    rounded = logits.softmax(dim=1).double()  # what ADM gets from its graph is float32
+    assert fid.inception_score(rounded, fid.adm_blocks(count))[0] == pytest.approx(
+        float(value("adm_split5000_float64")), rel=1e-9
+    )
+    for block in (5000, 1000):
+        score, _ = fid.inception_score(probabilities, fid.adm_blocks(count, block))
+        assert score == pytest.approx(float(value(f"adm_split{block}")), rel=2e-6)
+
+
+def test_inception_score_closed_forms():
+    one_hot = torch.eye(7, dtype=torch.float64).repeat(10, 1)
+    assert fid.inception_score(one_hot, fid.adm_blocks(70)) == pytest.approx((7, 0))
+    assert fid.inception_score(torch.full((70, 7), 1 / 7), fid.adm_blocks(70)) == pytest.approx((1, 0))
+    assert [len(part) for part in fid.adm_blocks(12)] == [12] and [len(p) for p in fid.adm_blocks(12, 5)] == [5, 5, 2]
+    with pytest.raises(ValueError, match="70 images are too few"):
+        fid.inception_score(one_hot, fid.fidelity_splits(70, 100))
+
+
+def test_precision_and_recall_equal_the_public_evaluators():
+    real, fake = (low_rank_features(FID_ARRAYS[f"metrics_pr/args_2048_{name}"]) for name in ("ref", "sample"))
+    result = fid.precision_recall(real, fake)
+    for name, tolerance in (("float64_brute", 0), ("torchfidelity", 1e-6), ("adm_fp32_branch", 1e-9)):
+        assert result == pytest.approx(tuple(FID_ARRAYS[f"metrics_pr/{name}_2048"]), abs=tolerance)
+
+
+def test_precision_and_recall_closed_forms():
+    cloud = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    assert fid.precision_recall(cloud, cloud) == (1, 1)
+    assert fid.precision_recall(cloud, cloud + 1000) == (0, 0)
+    both = torch.cat([cloud, cloud + 1000])
+    assert fid.precision_recall(cloud, both) == (0.5, 1) and fid.precision_recall(both, cloud) == (1, 0.5)
+    assert fid.precision_recall(cloud, 1.3 * cloud[:30], block=7) == fid.precision_recall(cloud, 1.3 * cloud[:30])
+    with pytest.raises(ValueError, match="over 3 points"):
+        fid.precision_recall(cloud, cloud[:3])
+
+
+def test_frechet_distance_of_rotated_and_of_singular_covariances():
+    rng = np.random.default_rng(0)
+    values, rotation = rng.uniform(0.5, 2, 12), np.linalg.qr(rng.standard_normal((12, 12)))[0]
+    scaled, zero = (rotation * (9 * values)) @ rotation.T, np.zeros(12)
+    turned = (rotation * values) @ rotation.T
+    assert fid.frechet_distance(zero, turned, zero, scaled) == pytest.approx(4 * values.sum())  # (3 - 1)^2 tr S
+    few = fid.statistics(rng.standard_normal((20, 300)))
+    assert abs(fid.frechet_distance(*few, *few)) < 1e-6
+    # one axis each, orthogonal: nothing of the covariances is shared
+    a, b = (np.outer(rotation[i], rotation[i]) for i in (0, 1))
+    assert fid.frechet_distance(zero, a, zero, b) == pytest.approx(2)
+    many = fid.statistics(rng.standard_normal((400, 300)))
+    assert fid.frechet_distance(*few, *many) == pytest.approx(fid.frechet_distance(*many, *few), rel=1e-6)
+
+
+def test_statistics_do_not_depend_on_the_block():
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    mean, cov = fid.statistics(features, block=7)
+    np.testing.assert_allclose(mean, features.double().numpy().mean(axis=0), atol=1e-14)
+    np.testing.assert_allclose(cov, np.cov(features.double().numpy(), rowvar=False), atol=1e-14)
+
+
+def test_linear_probe_separates_what_is_linear_and_only_that():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    noise = torch.randn(300, 8, generator=generator)
+    x = noise + 8 * torch.eye(8)[labels]
+    assert fid.linear_probe(x[:200], labels[:200], x[200:], labels[200:], 3) == 1
+    assert fid.linear_probe(noise[:200], labels[:200], noise[200:], labels[200:], 3) < 0.6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """8 PNGs of one size, and an .npz of 9 other images; sampler settings beside it."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    (root / "folder").mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(root / "folder" / f"{i}.png")
+    np.savez(root / "images.npz", rng.integers(0, 200, (9, 24, 20, 3), dtype=np.uint8), np.arange(9))
+    (root / "images.json").write_text('{"guidance": 2.0}')
+    return root
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def run(*words):
+    fid.main([word for text in words for word in str(text).split()])
+
+
+def test_gfid_depends_neither_on_the_batch_size_nor_on_the_process_count(samples, weights, tmp_path):
+    cards = []
+    for name, batch, processes in (("a", 50, 1), ("b", 2, 2)):
+        words = f"gfid {samples}/images.npz {samples}/folder --weights {weights} --batch_size {batch}"
+        done = succeed("fid.py", words, f"--card {tmp_path}/{name}.json", processes=processes)
+        cards.append(read(tmp_path / f"{name}.json"))
+        assert "warning" in done.stderr and "too few for a full-rank covariance" in done.stderr
+    a, b = cards
+    for name in ("fid", "inception_score", "precision", "recall"):
+        assert a["values"][name]["value"] == pytest.approx(b["values"][name]["value"], rel=1e-9)
+    assert a["N"] == b["N"] == 9 and a["reference"] == b["reference"] and a["samples"] == b["samples"]
+    assert a["reference"]["N"] == 8 and a["sampler"] == {"guidance": 2.0} and a["protocol"]["resize"] == "tf1"
+
+
+def test_stats_stand_for_their_images_and_cards_are_compared(samples, weights, tmp_path, capsys):
+    flags = f"--weights {weights}"
+    run(f"stats {samples}/folder {tmp_path}/stats.npz", flags)
+    run(f"gfid {samples}/images.npz {tmp_path}/stats.npz --card {tmp_path}/a.json", flags)
+    run(f"gfid {samples}/folder {tmp_path}/stats.npz --card {tmp_path}/b.json", flags)
+    run(f"gfid {tmp_path}/stats.npz {tmp_path}/stats.npz --card {tmp_path}/c.json")  # needs no weights
+    a, b, c = (read(tmp_path / f"{name}.json") for name in "abc")
+    assert set(a["values"]) == {"fid", "inception_score"} and set(c["values"]) == {"fid"}
+    assert abs(b["values"]["fid"]["value"]) < 1e-6 and abs(c["values"]["fid"]["value"]) < 1e-6
+    assert a["reference"]["hash"] == b["reference"]["hash"] == b["samples"]["hash"]
+    capsys.readouterr()
+    run(f"compare {tmp_path}/a.json {tmp_path}/a.json")
+    assert "comparable: same protocol" in capsys.readouterr().out
+    run(f"compare {tmp_path}/a.json {tmp_path}/b.json")
+    said = capsys.readouterr().out
+    assert "not comparable: N is 9 and 8" in said and "guidance" in said
+    with pytest.raises(UserError, match="made with resize tf1, not pytorch-fid"):
+        run(f"gfid {samples}/images.npz {tmp_path}/stats.npz --resize pytorch-fid", flags)
+
+
+def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tmp_path):
+    """As ADM's: images, mu, sigma, and mu_s, sigma_s, which FID has no use for."""
+    moments = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
+    np.savez(tmp_path / "adm.npz", np.load(samples / "images.npz")["arr_0"], **moments)
+    images = fid.open_images(str(tmp_path / "adm.npz"))
+    assert images.shape == (9, 24, 20) and set(images.stored) == {"mu", "sigma"}
+
+
+def bad_npz(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+def mixed_folder(path):
+    path.mkdir()
+    for side in (20, 21):
+        Image.new("RGB", (side, side)).save(path / f"{side}.png")
+
+
+def float_folder(path):
+    path.mkdir()
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(path / "x.tif")
+
+
+MOMENTS = {"mu": np.zeros(4), "sigma": np.eye(4)}
+
+
+@pytest.mark.parametrize("make, named", [
+    (bad_npz(arr_0=np.zeros((9, 8, 8, 3), np.float32)), "arr_0 is float32 .* must be uint8"),
+    (bad_npz(arr_0=np.zeros((9, 8, 8), np.uint8)), r"must be uint8 \(N, H, W, 3\)"),
+    (bad_npz(arr_0=np.zeros((0, 8, 8, 3), np.uint8)), "must be uint8"),
+    (bad_npz(arr_0=np.array([{}])), "pickled objects, which are never loaded"),
+    (bad_npz(mu=np.array([{}]), sigma=np.eye(4)), "pickled objects, which are never loaded"),
+    (bad_npz(mu=np.zeros(4), sigma=np.eye(5)), r"mu is \(4,\) and sigma \(5, 5\)"),
+    (bad_npz(mu=np.full(4, np.nan), sigma=np.eye(4)), "finite"),
+    (bad_npz(mu=np.zeros(3), sigma=np.eye(3)), "3 and of 4 dimensions cannot be compared"),
+    (bad_npz(other=np.zeros(3)), "neither arr_0 nor mu and sigma, but other"),
+    (lambda path: path.write_text("hello"), "not a sound .npz"),
+    (lambda path: path.mkdir(), "no images"),
+    (lambda path: None, "does not exist"),
+    (mixed_folder, "20 x 20 px .* and of 21 x 21 px"),
+    (float_folder, "type F; metrics are defined on 8-bit"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, make, named):
+    path = tmp_path / "bad.npz"
+    make(path)
+    np.savez(tmp_path / "good.npz", **MOMENTS)
+    with pytest.raises(UserError, match=named):
+        run(f"gfid {path} {tmp_path}/good.npz")
+
+
+def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path):
+    state = torch.load(weights)
+    state["Mixed_7c.branch1x1.bn.bias"] = torch.full((320,), torch.nan)
+    torch.save(state, tmp_path / "nan.pth")
+    np.savez(tmp_path / "four.npz", **MOMENTS)
+    with pytest.raises(UserError, match="feature values are not finite"):
+        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}/nan.pth")
+    with pytest.raises(UserError, match="2048 and of 4 dimensions"):
+        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
+
+
+def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
+    argv = command("fid.py", f"gfid {samples}/folder {samples}/folder")
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV | {"TORCH_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert fid.WEIGHTS_URL in done.stderr and "--weights" in done.stderr
+    for words, named in (("gfod a b", "invalid choice"), ("gfid a b --weight x", "did you mean --weights")):
+        with pytest.raises(UserError, match=named):
+            run(words)
+    with pytest.raises(UserError, match="--batch_size is 0"):
+        run("gfid a b --batch_size 0")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="not a result card"):
+        run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run with an untrained tokenizer of 16-px images, and a folder of 24 images in 2 classes."""
+    root = tmp_path_factory.mktemp("run")
+    config = {
+        "image_size": 16,
+        "patch_size": 4,
+        "tokens": 4,
+        "channels": 4,
+        "size": "toy",
+        "data": "",
+        "eval_images": 4,
+    }
+    torch.manual_seed(0)
+    state = sample.build_tokenizer(config).state_dict()
+    save_checkpoint({"config": config, "classes": ["class0", "class1"], "ema": state}, root / "tokenizer.pt")
+    make_folder(root / "images", 2, 12)
+    return root
+
+
+def test_rfid_of_held_out_images_does_not_depend_on_the_batch_size(tiny_run, weights, tmp_path):
+    cards = []
+    for batch in (1, 50):
+        words = f"rfid {tiny_run} --data {tiny_run}/images --held_out --weights {weights} --card {tmp_path}/x.json"
+        run(words, f"--batch_size {batch}")
+        cards.append(read(tmp_path / "x.json"))
+    a, b = cards
+    assert set(a["values"]) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
+    assert a["N"] == 2 and a["reference"] == b["reference"]
+    for name, number in a["values"].items():
+        assert number["value"] == pytest.approx(b["values"][name]["value"], rel=1e-6)  # uint8 reconstructions may round
+    assert a["values"]["rfid_mean"] != a["values"]["rfid_sampled"]
+
+
+def test_probe_is_reproducible_and_needs_classes(tiny_run, tmp_path):
+    for name, batch in (("a", 5), ("b", 50)):
+        run(f"probe {tiny_run} --data {tiny_run}/images --batch_size {batch} --card {tmp_path}/{name}.json")
+    a, b = (read(tmp_path / f"{name}.json") for name in "ab")
+    assert a["values"] == b["values"] and a["N"] == 2 and a["protocol"]["train"] == 22
+    with pytest.raises(UserError, match="12 images in 0 classes"):
+        run(f"probe {tiny_run} --data {tiny_run}/images/class0")
+
+
+def test_a_damaged_image_stops_the_count(tiny_run, weights, tmp_path):
+    folder = make_folder(tmp_path / "images", 2, 12)
+    (folder / "class0" / "3.png").write_bytes((folder / "class0" / "3.png").read_bytes()[:200])
+    with pytest.raises(OSError, match=r"3.png"):
+        run(f"probe {tiny_run} --data {folder}")
+    with pytest.raises(OSError, match=r"3.png"):
+        run(f"gfid {folder} {folder} --weights {weights}")

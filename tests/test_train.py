@@ -67,6 +67,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert set(os.listdir(finished)) == names
     result = json.loads((finished / "result.json").read_text())
     assert result["decoder"]["psnr"] > 5 and result["decoder"]["held_out_images"] == 8
+    assert result["decoder"]["hog_frechet_distance"] > 0 and result["sit"]["hog_frechet_distance"] > 0  # not called FID
     assert result["config"] == json.loads((finished / "config.json").read_text())
     line = log_lines(finished, "tokenizer")[-1]
     expected = (
