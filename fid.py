@@ -302,11 +302,11 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     """
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"statistics of {len(mean1)} and of {len(mean2)} dimensions cannot be compared")
-    values, vectors = np.linalg.eigh(cov1)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps  # the square root would blow up rounding
-    root = vectors[:, kept] * np.sqrt(values[kept])
-    cross = np.linalg.eigvalsh(root.T @ cov2 @ root)
-    trace = np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(cross.clip(min=0)).sum()
+    values, vectors = torch.linalg.eigh(torch.from_numpy(cov1))
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # the square root would blow up rounding
+    root = vectors[:, kept] * values[kept].sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ torch.from_numpy(cov2) @ root)
+    trace = np.trace(cov1) + np.trace(cov2) - 2 * cross.clamp(min=0).sqrt().sum().item()
     return float(np.square(mean1 - mean2).sum() + trace)
 
 
