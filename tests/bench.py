@@ -3,6 +3,7 @@
     python tests/bench.py                              # the toy preset
     python tests/bench.py --preset b256 --batch 32     # tokenizer B at 256 px, SiT-XL at 128 tokens
     python tests/bench.py --preset b256 --batch 32 --compile
+    python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
 
 A line's FLOPs are counted by PyTorch (matrix products and convolutions, 2 per multiply-add), forward and backward. The
 peak is the best of some square and model-shaped matrix products in the precision that training uses, measured in the
@@ -18,12 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import scipy.linalg
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from align import HOG
 from data import ImageFolder, Parser, Processes, Shapes, batch_indices, command_line, loader
+from fid import InceptionV3, frechet_distance, inception_features, load_inception, precision_recall, statistics
 from masking import mask_ratio, random_mask
 from sample import build_tokenizer
 from sit import SiT, sample, seeded_noise
@@ -87,11 +90,37 @@ def training_step(
     return step
 
 
+def once(step: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def bench_fid(device: torch.device, peak: float) -> None:
+    """The parts of fid.py at the sizes they are used with; random weights and features, whose values do not matter."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(InceptionV3().state_dict(), f"{folder}/inception.pth")
+        model = load_inception(f"{folder}/inception.pth", device)
+    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
+    report("Inception features, 256 px, batch 32", lambda: inception_features(model, images), 32, device, peak)
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 10_000, 2048, generator=generator)
+    pairs = (*statistics(real), *statistics(fake))
+    ours, scipys = once(lambda: frechet_distance(*pairs)), once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]))
+    print(f"Frechet distance, 2048 dimensions: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
+    seconds = once(lambda: precision_recall(real.to(device), fake.to(device)))
+    print(
+        f"precision and recall, 10,000 against 10,000 x 2048: {seconds:.1f} s, peak memory {peak_memory(device) / 1e9:.1f} GB"
+    )
+
+
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="toy", help="whose sizes to measure")
     parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
     args = parser.parse_args(arguments)
     config, _, _ = parse_config(["--preset", args.preset])
     device = Processes.start().device
@@ -102,6 +131,8 @@ def main(arguments: list[str]) -> None:
     )
     print(f"{'':34} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
 
+    if args.fid:
+        return bench_fid(device, peak)
     tokenizer, size, grid = build_tokenizer(asdict(config)), config.image_size, config.image_size // config.patch_size
     images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
     teacher, generator = HOG(grid), torch.Generator(device).manual_seed(0)
