@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer import Block, Mlp, PatchEmbed
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from tokenizer import IMAGENET_MEAN, IMAGENET_STD, Block, Mlp, PatchEmbed
 
 
 def check_range(images: Tensor) -> None:

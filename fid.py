@@ -740,7 +740,7 @@ def stats(arguments: list[str]) -> None:
 
 
 def open_run(args: argparse.Namespace, processes: Processes):
-    """The run, its data set, and the items to use."""
+    """The run and its data set."""
     from sample import load_run  # only these two commands need the models
 
     run = load_run(args.run, processes.device)

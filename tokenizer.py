@@ -27,6 +27,9 @@ SIZES = {
 }
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2's input, images in [0, 1]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
 
@@ -287,7 +290,7 @@ def load_dinov2(encoder: Encoder, state: dict[str, Tensor]) -> None:
         )
     new = {key: value.float() for key, value in state.items() if key not in unused}
     kernel = resample_patch_kernel(new["patch_embed.proj.weight"], encoder.patch_embed.proj.kernel_size[0])
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     # (x / 2 + 1 / 2 - mean) / std, folded into the first layer.
     new["patch_embed.proj.bias"] = new["patch_embed.proj.bias"] + torch.einsum("dcpq,c->d", kernel, (0.5 - mean) / std)
     new["patch_embed.proj.weight"] = kernel * (0.5 / std).view(1, 3, 1, 1)

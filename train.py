@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -693,9 +694,6 @@ def decoder_job(context: Context) -> Job:
     tokenizer = build_tokenizer(asdict(config))
     tokenizer.load_state_dict(load_finished(context, "tokenizer")["ema"])
 
-    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
-        return images_and_noise(context, batch, local, rows, generator)
-
     def lr(step: int) -> float:
         return config.lr / 10 * (1 - step / config.decoder_steps)
 
@@ -703,7 +701,7 @@ def decoder_job(context: Context) -> Job:
         stage="decoder",
         objective=DecoderObjective(tokenizer),
         model=tokenizer,
-        inputs=inputs,
+        inputs=partial(images_and_noise, context),
         batches=image_batches(context),
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
@@ -806,7 +804,7 @@ def sit_job(context: Context) -> Job:
         micro_batch=config.sit_micro_batch,
         steps=config.sit_steps,
         lr=lambda step: config.sit_lr,
-        extra={"tokenizer": tokenizer.state_dict(), "stamp": encoder_stamp(context, tokenizer)},
+        extra={"tokenizer": tokenizer.state_dict(), "stamp": cache.header["stamp"]},
     )
 
 
