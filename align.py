@@ -4,7 +4,7 @@
     local, global_ = Alignment(C, D)(z, cls, patches)
 
 Two teachers share that call: `DINOv2` (official weights) and `HOG` (no weights: gradients and colours, for offline use).
-This is the only file that turns [-1, 1] images into a teacher's input.
+This is the only file that turns [-1, 1] images into a teacher's input. Its `ViT` is also the discriminator's (losses.py).
 """
 
 import math
@@ -21,69 +21,84 @@ def check_range(images: Tensor) -> None:
     torch._assert_async((images.detach().abs().amax() <= 1.001), "teacher: images must lie in [-1, 1]")
 
 
-class DINOv2(nn.Module):
-    """DINOv2 S/B/L, with or without registers; parameter names and shapes of the official files.
+# name: width, depth, heads, patch size, side of the patch grid it was trained with, registers
+VITS = {
+    "dinov2_vits14": (384, 12, 6, 14, 37, 0),
+    "dinov2_vitb14": (768, 12, 12, 14, 37, 0),
+    "dinov2_vitl14": (1024, 24, 16, 14, 37, 0),
+    "dinov2_vits14_reg": (384, 12, 6, 14, 37, 4),
+    "dinov2_vitb14_reg": (768, 12, 12, 14, 37, 4),
+    "dinov2_vitl14_reg": (1024, 24, 16, 14, 37, 4),
+    "dino_vits16": (384, 12, 6, 16, 14, 0),
+}
 
-    Build it with `DINOv2.from_state`. `grid` is the side of the patch grid that forward returns, sqrt(N).
-    """
 
-    def __init__(self, width: int, depth: int, heads: int, registers: int, grid: int):
+class ViT(nn.Module):
+    """The backbone of DINOv2 or DINO, with the parameter names and shapes of the official files (data.fill loads them)."""
+
+    def __init__(self, name: str):
         super().__init__()
-        self.width, self.grid = width, grid
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, width))  # trained at 518 px: 37 x 37 patches
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # in the file, not used by a teacher
-        self.patch_embed = PatchEmbed(14, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.width, depth, heads, self.patch_size, self.trained_grid, self.registers = VITS[name]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.trained_grid**2, self.width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, self.width)) if self.registers else None
+        is_dinov2 = name.startswith("dinov2")
+        self.mask_token = nn.Parameter(torch.zeros(1, self.width)) if is_dinov2 else None  # in the file, not used here
+        self.patch_embed = PatchEmbed(self.patch_size, self.width)
+        self.blocks = nn.ModuleList(Block(self.width, heads, layer_scale=is_dinov2) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor], grid: int) -> "DINOv2":
-        """A frozen teacher from an official state dict; raises ValueError naming the first key that does not fit."""
-        width = state["cls_token"].shape[-1] if "cls_token" in state else 0
-        sizes = {384: (12, 6), 768: (12, 12), 1024: (24, 16)}
-        if width not in sizes:
-            raise ValueError(f"not a DINOv2 S, B or L file: cls_token has width {width}")
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-        teacher = cls(width, *sizes[width], registers, grid)
-        expected = {key: value.shape for key, value in teacher.state_dict().items()}
-        for key in sorted(expected.keys() | state.keys()):
-            found = state[key].shape if key in state else None
-            if found != expected.get(key):
-                raise ValueError(f"DINOv2 file: key {key!r} has shape {found}, expected {expected.get(key)}")
-        teacher.load_state_dict(state)
-        return teacher.eval().requires_grad_(False)
+    def normalise(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> zero mean and unit variance per channel over ImageNet."""
+        return (images / 2 + 0.5 - self.mean) / self.std
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position embedding for a rows x columns grid, (1, 1 + rows * columns, D), as the official code resamples it."""
-        if (rows, columns) == (37, 37):
+        grid = self.trained_grid
+        if (rows, columns) == (grid, grid):
             return self.pos_embed
-        image = self.pos_embed[:, 1:].view(1, 37, 37, -1).permute(0, 3, 1, 2)
+        image = self.pos_embed[:, 1:].view(1, grid, grid, -1).permute(0, 3, 1, 2)
         if self.register_tokens is None:  # the offset of 0.1 is an old guard against rounding, and changes the result
-            scale = ((rows + 0.1) / 37, (columns + 0.1) / 37)
+            scale = ((rows + 0.1) / grid, (columns + 0.1) / grid)
             image = F.interpolate(image, scale_factor=scale, mode="bicubic")
         else:
             image = F.interpolate(image, size=(rows, columns), mode="bicubic", antialias=True)
         return torch.cat([self.pos_embed[:, :1], image.flatten(2).transpose(1, 2)], dim=1)
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ImageNet-normalised x (B, 3, 14 h, 14 w) -> cls (B, D), registers (B, R, D), patches (B, h w, D), after the norm."""
-        if x.shape[-2] % 14 or x.shape[-1] % 14:
-            raise ValueError(f"DINOv2 needs sides that are multiples of 14, not {x.shape[-2]} x {x.shape[-1]}")
-        rows, columns = x.shape[-2] // 14, x.shape[-1] // 14
+    def embed(self, x: Tensor) -> Tensor:
+        """x (B, 3, p h, p w) from `normalise` -> tokens (B, 1 + R + h w, D): cls, R registers, patches."""
+        p, height, width = self.patch_size, *x.shape[-2:]
+        if height % p or width % p:
+            raise ValueError(f"this ViT needs sides that are multiples of {p}, not {height} x {width}")
         cls = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.patch_embed(x)], dim=1) + self.positions(rows, columns)
-        registers = 0
-        if self.register_tokens is not None:  # between cls and patches, without a position
-            registers = self.register_tokens.shape[1]
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        for block in self.blocks:
+        x = torch.cat([cls, self.patch_embed(x)], dim=1) + self.positions(height // p, width // p)
+        if self.register_tokens is None:
+            return x
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)  # without a position
+
+    def levels(self, x: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
+        """x as in `embed` -> the tokens (B, T, D) after each of these blocks, counted from 0, without the final norm."""
+        x, found = self.embed(x), []
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1 : 1 + registers], x[:, 1 + registers :]
+            if i in blocks:
+                found.append(x)
+        return found
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x as in `embed` -> cls (B, D), registers (B, R, D), patches (B, h w, D), after the final norm."""
+        x = self.norm(self.levels(x, (len(self.blocks) - 1,))[0])
+        return x[:, 0], x[:, 1 : 1 + self.registers], x[:, 1 + self.registers :]
+
+
+class DINOv2(nn.Module):
+    """DINOv2 as a teacher. `grid` is the side of the patch grid that forward returns, sqrt(N)."""
+
+    def __init__(self, vit: ViT, grid: int):
+        super().__init__()
+        self.vit, self.grid, self.width = vit, grid, vit.width
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +107,9 @@ class DINOv2(nn.Module):
         The image is resized to 14 * grid px, so that the teacher's patches lie on the tokenizer's (ours, as REPA does).
         """
         check_range(images)
-        side = 14 * self.grid
+        side = self.vit.patch_size * self.grid
         images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
-        cls, _, patches = self.features((images / 2 + 0.5 - self.mean) / self.std)
+        cls, _, patches = self.vit(self.vit.normalise(images))
         return cls, patches
 
 

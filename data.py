@@ -3,6 +3,7 @@
 Shapes, ImageFolder   dataset[i] -> (uint8 (3, S, S), label, bad): labelled images; bad is i if its file was unreadable
 loader                batches of this process's rows of each global batch, from any step on
 LatentCache           the whole data set as posterior moments, in one memory-mapped file
+OFFICIAL              weight files of other projects: `find_official` fetches what is missing, `fill` loads one, strictly
 load_checkpoint, save_checkpoint, write_image, Processes, command_line
 """
 
@@ -19,13 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -465,6 +469,162 @@ def state_hash(state: dict[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(state[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official weight files
+
+
+class Official(NamedTuple):
+    """A weight file of another project."""
+
+    file: str  # its name, in torch hub's cache and in a folder of one's own
+    url: str
+    sha256: str  # of the file, or its start where only the file's name tells it; "" where none was published
+    licence: str
+    unused: tuple[str, ...] = ()  # keys with these parts may be in the file and are passed over
+
+
+def dinov2(size: str, registers: str, sha256: str) -> Official:
+    file = f"dinov2_vit{size}14{registers}_pretrain.pth"
+    return Official(file, f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{size}14/{file}", sha256, "Apache-2.0")
+
+
+# DINOv2's authors publish no hashes; these are the ones that finegrain-ai/refiners pins beside the same URLs.
+OFFICIAL = {
+    "dinov2_vits14": dinov2("s", "", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "dinov2_vitb14": dinov2("b", "", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    "dinov2_vitl14": dinov2("l", "", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    "dinov2_vits14_reg": dinov2("s", "_reg4", "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
+    "dinov2_vitb14_reg": dinov2("b", "_reg4", "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
+    "dinov2_vitl14_reg": dinov2("l", "_reg4", "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"),
+    "dino_vits16": Official(
+        "dino_deitsmall16_pretrain.pth",
+        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+        "",  # no published hash was found
+        "Apache-2.0",
+    ),
+    "vgg16": Official(
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af",
+        "BSD-3-Clause",
+        ("classifier.",),
+    ),
+    "lpips_vgg": Official(
+        "lpips_v0.1_vgg.pth",
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in that commit
+        "BSD-2-Clause",
+    ),
+    "inception": Official(
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d",
+        "Apache-2.0",
+        ("num_batches_tracked",),
+    ),
+}
+
+
+def official_path(name: str, folder: str = "") -> Path:
+    """Where an official file is: in `folder` if it is there, else in torch hub's cache, whether it is there or not."""
+    own, cache = Path(folder), Path(torch.hub.get_dir()) / "checkpoints"
+    return (own if folder and (own / OFFICIAL[name].file).is_file() else cache) / OFFICIAL[name].file
+
+
+def find_official(names: list[str], folder: str, processes: Processes) -> None:
+    """See that the files are there: rank 0 fetches what is missing into torch hub's cache. Raises UserError on all ranks."""
+    failed = [""]
+    if processes.first:
+        try:
+            if folder and not Path(folder).is_dir():
+                raise UserError(f"--weights {folder} is not a folder")
+            for name in names:
+                if not official_path(name, folder).is_file():
+                    download(OFFICIAL[name], official_path(name, folder))
+        except UserError as error:
+            failed = [str(error)]
+    if processes.world > 1:
+        dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise UserError(failed[0])
+
+
+def download(official: Official, path: Path) -> None:
+    """Fetch a file, whole and with the right hash, or not at all; a later call starts anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for chunk in chunks(official):
+            file.write(chunk)
+            digest.update(chunk)
+        if not digest.hexdigest().startswith(official.sha256):
+            raise UserError(
+                f"{official.url} gave a file with SHA-256 {digest.hexdigest()}, expected {official.sha256}; nothing was kept"
+            )
+
+
+def chunks(official: Official) -> Iterator[bytes]:
+    """The bytes of official.url, with a progress bar. UserError when they cannot be had, all of them."""
+    try:
+        with urlopen(official.url, timeout=60) as source:
+            total = int(source.headers.get("Content-Length") or 0)
+            with tqdm(desc=official.file, total=total or None, unit="B", unit_scale=True) as bar:
+                while chunk := source.read(1 << 20):
+                    bar.update(len(chunk))
+                    yield chunk
+                if bar.n < total:
+                    raise OSError(f"the connection broke after {bar.n} of {total} bytes")
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"cannot fetch {official.file} from {official.url} ({error}); "
+            f"try again, or get it elsewhere and give its folder: --weights FOLDER"
+        ) from error
+
+
+def fill(network: nn.Module, name: str, folder: str = "") -> nn.Module:
+    """Give a network the weights of an official file, whose keys and shapes must be exactly its own; returns it frozen.
+
+    In torch hub's cache it must also have the official hash; of one in `folder` it is only said that it has another.
+    Raises UserError, with the hash and the first differing key.
+    """
+    official, path = OFFICIAL[name], official_path(name, folder)
+    state = {key: value for key, value in load_checkpoint(path).items() if not passed_over(key, official)}
+    wanted = {key: value for key, value in network.state_dict().items() if not passed_over(key, official)}
+    sha256 = file_hash(path)
+    hashes = f"its SHA-256 is {sha256}, the official one's {official.sha256 or 'is not published'}"
+    for key in [*wanted, *state]:
+        expected, found = (getattr(part.get(key), "shape", None) for part in (wanted, state))
+        if expected != found:
+            shapes = [tuple(shape) if shape is not None else "absent" for shape in (found, expected)]
+            raise UserError(f"{path} is not {official.file}: {key} is {shapes[0]}, expected {shapes[1]}; {hashes}")
+    if not sha256.startswith(official.sha256):
+        if not folder or path.parent != Path(folder):
+            raise UserError(f"{path} is damaged: {hashes}; delete it, and it is fetched again")
+        warn_once(f"{path} is not the official file: {hashes}")
+    network.load_state_dict(state, strict=False, assign=True)  # compared above
+    return network.eval().requires_grad_(False)
+
+
+def passed_over(key: str, official: Official) -> bool:
+    return any(part in key for part in official.unused)
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
 
 
 class LatentCache(Dataset):

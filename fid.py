@@ -32,12 +32,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, image_tensor
-from data import list_images, load_checkpoint, progress, read_image, replacing, split, spread, to_float, to_uint8
-from data import write_text
-
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # the name ends with the start of the file's SHA-256
-WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, file_hash
+from data import fill, find_official, image_tensor, list_images, official_path, progress, read_image, replacing
+from data import split, spread, to_float, to_uint8, write_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,29 +189,11 @@ def resize_tf1(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def inception_path() -> Path:
-    """Where torch's hub keeps the official file."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-
-
-def load_inception(path: str | Path, device: torch.device) -> InceptionV3:
-    """The official file, with or without its num_batches_tracked (566 or 472 entries) -> fused and channels-last.
-
-    Raises UserError, which names the first key that differs.
-    """
-    state = load_checkpoint(path)
+def load_inception(folder: str, device: torch.device) -> InceptionV3:
+    """The official file from `folder` or torch hub's cache (data.fill says what is raised), fused and channels-last."""
     with torch.device("meta"):  # the file fills it
         model = InceptionV3()
-    wanted = model.state_dict()
-    if not any(key.endswith("num_batches_tracked") for key in state):
-        wanted = {key: value for key, value in wanted.items() if not key.endswith("num_batches_tracked")}
-    for key in [*wanted, *state]:
-        expected, found = (getattr(part.get(key), "shape", None) for part in (wanted, state))
-        if expected != found:
-            shapes = [tuple(shape) if shape is not None else "absent" for shape in (expected, found)]
-            raise UserError(f"{path} is not FID's Inception: {key} is {shapes[1]}, expected {shapes[0]}")
-    model.load_state_dict(state, strict=False, assign=True)  # compared above
-    model.eval().requires_grad_(False)
+    fill(model, "inception", folder)
     for module in list(model.modules()):
         if isinstance(module, ConvBN):
             module.fuse()
@@ -548,13 +527,11 @@ class Evaluator:
 
     @staticmethod
     def load(args: argparse.Namespace, processes: Processes) -> "Evaluator":
-        path = Path(args.weights or inception_path())
-        if not path.is_file():
-            raise UserError(f"Inception weights are not at {path}; get {WEIGHTS_URL} and pass --weights PATH/{WEIGHTS}")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not sha256.startswith("6726825d"):
-            warn(f"{path} is not the official {WEIGHTS}: these figures compare with no published ones", processes)
-        return Evaluator(load_inception(path, processes.device), args.resize, sha256, args.batch_size, processes)
+        find_official(["inception"], args.weights, processes)
+        model = load_inception(args.weights, processes.device)
+        return Evaluator(
+            model, args.resize, file_hash(official_path("inception", args.weights)), args.batch_size, processes
+        )
 
     @property
     def protocol(self) -> dict:
@@ -579,7 +556,11 @@ def warn(text: str, processes: Processes) -> None:
 # Command line
 
 FLAGS = {
-    "weights": {"default": "", "metavar": "FILE", "help": f"{WEIGHTS} (default: in torch hub's cache)"},
+    "weights": {
+        "default": "",
+        "metavar": "FOLDER",
+        "help": f"with {OFFICIAL['inception'].file} (default: torch hub's cache, filled from the internet)",
+    },
     "resize": {"default": "tf1", "choices": ["tf1", "pytorch-fid"], "help": "convention (default: tf1, as ADM)"},
     "is_parts": {"default": "adm", "choices": ["adm", "torch-fidelity"], "help": "parts of the Inception Score"},
     "batch_size": {"type": int, "default": 50, "help": "images per forward and process; changes no figure"},

@@ -72,16 +72,16 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with DINOv2's parameter names, (B, T, D) -> (B, T, D)."""
+    """Pre-norm transformer block with DINOv2's parameter names, (B, T, D) -> (B, T, D); DINO has no layer scale."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, layer_scale: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width, width)
-        self.ls2 = LayerScale(width)
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))

@@ -21,9 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,30 +33,26 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import masking
-from align import HOG, Alignment, DINOv2
-from data import BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError, as_user_error
-from data import (
-    batch_indices,
-    command_line,
-    load_checkpoint,
-    loader,
-    replacing,
-    save_checkpoint,
-    split,
-    spread,
-    state_hash,
-)
-from data import progress, to_float, write_image, write_text
-from fid import batch_rows, frechet_distance, gather, inception_features, inception_path, load_inception
+from align import HOG, VITS, Alignment, DINOv2, ViT
+from data import OFFICIAL, BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError
+from data import as_user_error, batch_indices, command_line, file_hash, fill, find_official, load_checkpoint, loader
+from data import official_path, progress, replacing, save_checkpoint, split, spread, state_hash, to_float
+from data import write_image, write_text
+from fid import batch_rows, frechet_distance, gather, inception_features, load_inception
 from fid import psnr, ssim, statistics
+from losses import DRAWS, LPIPS, DinoDiscriminator, LeCam
+from losses import adaptive_weight, consistency_loss, diff_augment, hinge_loss
 from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, generate, label_of, reconstruct
-from sit import SiT, drop_labels, flow_matching_loss
-from tokenizer import Tokenizer, load_dinov2
+from sit import SiT, SiTBlock, drop_labels, flow_matching_loss
+from tokenizer import SIZES, Block, Tokenizer, load_dinov2
 
 STAGES = ("tokenizer", "decoder", "latents", "sit")
 MASKS = ("mixed", "random", "semantic", "latent", "none")
 MAX_GRAD_NORM = 1.0  # (ours)
 MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run (ours)
+CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
+LECAM_WEIGHT = 0.001  # (paper B.1)
+MAX_ADAPTIVE_WEIGHT = 100.0  # (ours)
 
 
 def arg(default, help: str):
@@ -76,12 +72,18 @@ class Config:
     tokens: int = arg(16, "L, latent tokens per image (paper: 128, 64)")
     channels: int = arg(16, "C, channels per token (paper: 32)")
     size: str = arg("toy", "tokenizer size: toy, S, B, BL (paper: B)")
-    teacher: str = arg("hog", 'what z is aligned with: "hog", or the path of an official DINOv2 file (paper: DINOv2-B)')
-    encoder_init: str = arg("", "path of an official DINOv2 file of the encoder's width to start from (paper: DINOv2)")
+    teacher: str = arg("hog", "what z is aligned with: hog, dinov2_vitb14 (paper), or another official DINOv2")
+    encoder_init: str = arg("none", "DINOv2 of the encoder's width that it starts from, such as dinov2_vitb14, or none")
+    weights: str = arg("", "folder with official weight files (empty: torch hub's cache, filled from the internet)")
     mask: str = arg("mixed", "mixed (paper), random, semantic, none, or latent (the paper's failing ablation)")
     mask_ratio: float = arg(0.4, "M in m = max(0, U(-0.1, M)) (paper: 0.7)")
     kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours: 1e-6)")
     align_weight: float = arg(0.02, "of local + global alignment (ours: 0.1)")
+    perceptual_weight: float = arg(0.0, "of LPIPS (ours: 1.0)")
+    perceptual_warmup: int = arg(200, "steps over which that weight grows to its value (paper: 10000)")
+    adversarial_weight: float = arg(0.0, "of the adversarial loss, times the adaptive weight (ours: 0.2)")
+    discriminator_start: int = arg(400, "step at which the discriminator begins to train (ours: 20000)")
+    discriminator_delay: int = arg(100, "steps that it trains before its gradient reaches the decoder (ours: 5000)")
     # its training
     batch_size: int = arg(16, "images per step over all processes (paper: 256; 128 at 512 px)")
     micro_batch: int = arg(0, "images per forward and process, the rest is accumulated; 0 = all of the process's share")
@@ -109,7 +111,9 @@ class Config:
 
 FULL = {
     "image_size": 256, "patch_size": 16, "tokens": 128, "channels": 32, "size": "B",
-    "mask_ratio": 0.7, "align_weight": 0.1,
+    "mask_ratio": 0.7, "align_weight": 0.1, "teacher": "dinov2_vitb14", "encoder_init": "dinov2_vitb14",
+    "perceptual_weight": 1.0, "perceptual_warmup": 10_000,
+    "adversarial_weight": 0.2, "discriminator_start": 20_000, "discriminator_delay": 5_000,
     "batch_size": 256, "micro_batch": 32, "lr": 1e-4, "warmup_steps": 5_000, "tokenizer_steps": 250_000, "decoder_steps": 50_000,
     "sit": "XL", "sit_batch_size": 256, "sit_lr": 1e-4, "sit_steps": 400_000, "sample_steps": 250, "guidance": 2.3,
     "ema_decay": 0.9999, "eval_every": 10_000, "eval_images": 5_000, "log_every": 100, "save_every": 5_000, "workers": 8,
@@ -120,7 +124,7 @@ AT_512 = {
 }  # fmt: skip
 PRESETS = {
     "toy": {},
-    "s256": FULL | {"size": "S"},
+    "s256": FULL | {"size": "S", "encoder_init": "dinov2_vits14"},
     "b256": FULL,
     "b512": FULL | AT_512,
     "bl512": FULL | AT_512 | {"size": "BL", "tokens": 64, "guidance": 2.4},
@@ -129,9 +133,10 @@ PRESETS = {
 POSITIVE = "tokenizer_steps decoder_steps sit_steps batch_size sit_batch_size sample_steps".split()
 POSITIVE += "eval_every eval_images log_every save_every".split()
 NOT_NEGATIVE = "micro_batch sit_micro_batch warmup_steps workers seed kl_weight align_weight lr sit_lr guidance".split()
+NOT_NEGATIVE += "perceptual_weight perceptual_warmup adversarial_weight discriminator_start discriminator_delay".split()
 # Fields that may differ between a checkpoint and its resumption: for every stage, and those that a stage does not read.
 FREE = set(
-    "data out micro_batch sit_micro_batch eval_every log_every save_every workers compile guidance sample_steps".split()
+    "data out weights micro_batch sit_micro_batch eval_every log_every save_every workers compile guidance sample_steps".split()
 )
 SIT_FIELDS = set("sit sit_batch_size sit_lr sit_steps".split())
 UNREAD = {"tokenizer": SIT_FIELDS | {"decoder_steps"}, "decoder": SIT_FIELDS}
@@ -181,11 +186,26 @@ def check_config(config: Config, processes: Processes) -> None:
         raise UserError(f"--image_size is {config.image_size}; SSIM needs at least 11")
     if config.mask not in MASKS:
         raise UserError(f"--mask is {config.mask!r}; it must be one of {', '.join(MASKS)}")
+    teachers = [name for name in VITS if name.startswith("dinov2")]
+    for name, other in (("teacher", "hog"), ("encoder_init", "none")):
+        if getattr(config, name) not in (other, *teachers):
+            raise UserError(
+                f"--{name} is {getattr(config, name)!r}; it must be {other}, or one of {', '.join(teachers)}"
+            )
+    if config.adversarial_weight and config.image_size % 16:
+        raise UserError(f"--image_size is {config.image_size}; the discriminator's DINO needs a multiple of 16")
+    if config.perceptual_weight and config.image_size < 16:
+        raise UserError(f"--image_size is {config.image_size}; LPIPS needs at least 16")
     for prefix in ("", "sit_"):
         micro_rows(getattr(config, f"{prefix}batch_size"), getattr(config, f"{prefix}micro_batch"), processes, prefix)
     with as_user_error(), torch.device("meta"):
         build_tokenizer(asdict(config))
         SiT(config.tokens, config.channels, 0, config.sit)
+    encoder = SIZES[config.size][0]
+    if config.encoder_init != "none" and VITS[config.encoder_init][:3] != encoder:
+        raise UserError(
+            f"--encoder_init {config.encoder_init} has another width or depth than the encoder of {config.size}"
+        )
 
 
 def micro_rows(batch: int, micro_batch: int, processes: Processes, prefix: str = "") -> list[slice]:
@@ -205,38 +225,203 @@ def micro_rows(batch: int, micro_batch: int, processes: Processes, prefix: str =
     return [slice(start, start + micro) for start in range(share.start, share.stop, micro)]
 
 
-def load_teacher(config: Config, grid: int) -> nn.Module:
-    """The frozen teacher of config.teacher, with patches on a grid x grid."""
+def official_files(config: Config, stages: list[str]) -> list[str]:
+    """Which official files (data.OFFICIAL) these stages need."""
+    names = [config.teacher, config.encoder_init] if "tokenizer" in stages else []
+    if "tokenizer" in stages or "decoder" in stages:
+        names += ["vgg16", "lpips_vgg"] if config.perceptual_weight else []
+        names += ["dino_vits16"] if config.adversarial_weight else []
+    return [name for name in OFFICIAL if name in names]
+
+
+def objective_text(config: Config) -> str:
+    """The objective in one line, with what is missing in it."""
+    terms = ["MSE", f"{config.kl_weight:g} KL", f"{config.align_weight:g} alignment with {config.teacher}"]
+    if config.perceptual_weight:
+        terms.append(f"{config.perceptual_weight:g} LPIPS (grows over {config.perceptual_warmup} steps)")
+    if config.adversarial_weight:
+        joins = config.discriminator_start + config.discriminator_delay
+        terms.append(f"{config.adversarial_weight:g} adversarial (from step {joins})")
+    off = [] if config.perceptual_weight else ["LPIPS (--perceptual_weight)"]
+    off += [] if config.adversarial_weight else ["discriminator (--adversarial_weight)"]
+    return " + ".join(terms) + (f"; off, for they need official weights: {', '.join(off)}" if off else "")
+
+
+def official(network: nn.Module, name: str, context: "Context") -> nn.Module:
+    """A network with its official weights; a dry run leaves it with random ones where the file is missing, and says so."""
+    path = official_path(name, context.config.weights)
+    return network if context.dry and not path.is_file() else fill(network, name, context.config.weights)
+
+
+def frozen(network: nn.Module, context: "Context") -> nn.Module:
+    """In inference form: no gradients, no dropout, on the device, compiled with the rest."""
+    if context.config.compile:
+        compile_blocks(network)
+    return network.to(context.processes.device).eval().requires_grad_(False)
+
+
+def load_teacher(context: "Context") -> nn.Module:
+    """The frozen teacher, with patches on the tokenizer's grid."""
+    config = context.config
+    grid = config.image_size // config.patch_size
     if config.teacher == "hog":
         return HOG(grid)
-    with as_user_error(f"--teacher {config.teacher}: "):
-        return DINOv2.from_state(load_checkpoint(config.teacher), grid)
+    return frozen(DINOv2(official(ViT(config.teacher), config.teacher, context), grid), context)
+
+
+def pixel_losses(context: "Context") -> "PixelLosses":
+    """With the networks that the configuration asks for."""
+    lpips = vit = None
+    if context.config.perceptual_weight:
+        lpips = LPIPS()
+        official(lpips.vgg, "vgg16", context)
+        official(lpips.linear, "lpips_vgg", context)
+        frozen(lpips, context)
+    if context.config.adversarial_weight:
+        vit = frozen(official(ViT("dino_vits16"), "dino_vits16", context), context)
+    return PixelLosses(lpips, vit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained: modules whose forward gives a loss and named values to log
 
 
-class TokenizerObjective(nn.Module):
-    """Paper eq. 7: reconstruction + KL + alignment."""
+class Phase(NamedTuple):
+    """Which terms count at a step."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, teacher_width: int):
+    perceptual: float  # weight of LPIPS
+    discriminate: bool  # whether the discriminator trains
+    adversarial: float  # weight of its gradient, before the adaptive one
+
+
+def phase_at(config: Config, step: int) -> Phase:
+    """`step` counts on through stages tokenizer and decoder."""
+    ramp = min(1.0, (step + 1) / max(1, config.perceptual_warmup))
+    started = config.adversarial_weight > 0 and step >= config.discriminator_start
+    joined = step >= config.discriminator_start + config.discriminator_delay
+    return Phase(config.perceptual_weight * ramp, started, config.adversarial_weight * (started and joined))
+
+
+class Adversary(nn.Module):
+    """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1).
+
+    What a step measures over its whole global batch (mean logits, gradients of the decoder's last layer) takes effect in the
+    next one (ours): so neither accumulation nor the process count changes anything.
+    """
+
+    def __init__(self, vit: ViT):
         super().__init__()
-        self.tokenizer = tokenizer
+        self.discriminator = DinoDiscriminator(vit)
+        self.lecam = LeCam()
+        self.register_buffer("weight", torch.zeros(()))
+        self.measured: dict[str, Tensor] = {}
+        self.requires_grad_(False)  # until it joins
+
+    def forward(self, pixels: Tensor, images: Tensor, u: Tensor, generate: bool) -> tuple[Tensor, Tensor | None, dict]:
+        """pixels, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (if `generate`), logs."""
+        side = images.shape[-1] // self.discriminator.frozen[0].patch_size
+        with torch.set_grad_enabled(generate):
+            features = self.discriminator.features(diff_augment(pixels, u[:, 0], strong=False))
+        with torch.no_grad():
+            views = [diff_augment(images, u[:, 1], strong=False)]
+            views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, pixels), (3, images))]
+            others = self.discriminator.features(torch.cat(views))
+        fake = self.discriminator.judge([level.detach() for level in features], side)
+        real, fake_strong, real_strong = self.discriminator.judge(others, side).chunk(3)
+        hinge = hinge_loss(real, fake)
+        consistency = consistency_loss(real, real_strong) + consistency_loss(fake, fake_strong)
+        lecam = self.lecam(real, fake)
+        logs = {"discriminator": hinge, "consistency": consistency, "lecam": lecam, "adaptive_weight": self.weight}
+        logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
+        loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
+        return loss, -self.discriminator.judge(features, side).mean() if generate else None, logs
+
+    def measure(self, name: str, value: Tensor) -> None:
+        self.measured[name] = self.measured.get(name, 0) + value
+
+    @torch.no_grad()
+    def finish_step(self, processes: Processes, pieces: int) -> None:
+        """Take in what was measured in all pieces of all processes, unless it is not finite."""
+        mean = {name: processes.sum(value) / (pieces * processes.world) for name, value in self.measured.items()}
+        self.measured = {}
+        self.lecam.update(torch.where(mean["logits"].isfinite(), mean["logits"], self.lecam.ema))
+        if "adversarial" in mean:
+            weight = adaptive_weight(mean["reconstruction"], mean["adversarial"], MAX_ADAPTIVE_WEIGHT)
+            self.weight.copy_(torch.where(weight.isfinite(), weight, self.weight))
+        self.discriminator.refine_norms()
+
+
+class PixelLosses(nn.Module):
+    """The terms of eq. 7 that compare pixels: MSE, LPIPS and the adversarial one; and the discriminator's own loss."""
+
+    def __init__(self, lpips: LPIPS | None = None, vit: ViT | None = None):
+        super().__init__()
+        self.frozen = [lpips]  # in a list: not a submodule, so in no checkpoint
+        self.adversary = None if vit is None else Adversary(vit)
+
+    def forward(self, reconstruction: Tensor, images: Tensor, last_layer: nn.Parameter, phase: Phase, u: Tensor | None):
+        """reconstruction, images (b, 3, S, S), u (b, 4, DRAWS) -> loss, logs.
+
+        The gradient of each loss is taken at the pixels, so that every network is passed once; from there on the two are
+        added. The returned loss has the value of the decoder's terms, and also the gradient of the discriminator's loss.
+        """
+        pixels = reconstruction.detach().requires_grad_()
+        mse = F.mse_loss(pixels, images)
+        logs, value = {"mse": mse}, mse
+        if phase.perceptual:
+            logs["lpips"] = self.frozen[0](pixels, images).mean()
+            value = value + phase.perceptual * logs["lpips"]
+        (gradient,) = torch.autograd.grad(value, pixels)
+        if not phase.discriminate:
+            return with_gradient(value, (reconstruction * gradient).sum()), logs
+        judgement, adversarial, more = self.adversary(pixels, images, u, phase.adversarial > 0)
+        logs |= more
+        if adversarial is not None:
+            (against,) = torch.autograd.grad(adversarial, pixels)
+            for name, at_pixels in (("reconstruction", gradient), ("adversarial", against)):
+                (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
+                self.adversary.measure(name, at_layer)
+            weight = phase.adversarial * self.adversary.weight
+            logs["adversarial"] = adversarial
+            value, gradient = value + weight * adversarial, gradient + weight * against
+        return with_gradient(value, (reconstruction * gradient).sum() + judgement), logs
+
+
+def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one scalar with the gradient of another."""
+    return surrogate + (value - surrogate).detach()
+
+
+class TokenizerObjective(nn.Module):
+    """Paper eq. 7: reconstruction, perceptual and adversarial terms, KL, alignment."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, teacher_width: int, pixel: PixelLosses):
+        super().__init__()
+        self.tokenizer, self.pixel = tokenizer, pixel
         self.alignment = Alignment(config.channels, tokenizer.decoder.from_latent.out_features, teacher_width)
         self.kl_weight, self.align_weight = config.kl_weight, config.align_weight
 
     def forward(
-        self, images: Tensor, mask: Tensor, latent_mask: Tensor | None, noise: Tensor, cls: Tensor, patches: Tensor
+        self,
+        images: Tensor,
+        mask: Tensor,
+        latent_mask: Tensor | None,
+        noise: Tensor,
+        cls: Tensor,
+        patches: Tensor,
+        phase: Phase,
+        u: Tensor | None,
     ):
         posterior = self.tokenizer.encode(images, mask)
         z = posterior.sample(noise)
         shown = z if latent_mask is None else z.masked_fill(latent_mask[..., None], 0)  # 0 is the prior's mean (ours)
-        mse = F.mse_loss(self.tokenizer.decode(shown), images)
+        last_layer = self.tokenizer.decoder.to_pixels.weight
+        loss, logs = self.pixel(self.tokenizer.decode(shown), images, last_layer, phase, u)
         kl = posterior.kl().sum(1).mean()
         local, global_ = self.alignment(z, cls, patches)
-        loss = mse + self.kl_weight * kl + self.align_weight * (local + global_)
-        logs = {"loss": loss, "mse": mse, "kl": kl, "align_local": local, "align_global": global_}
+        loss = loss + self.kl_weight * kl + self.align_weight * (local + global_)
+        logs = {"loss": loss, **logs, "kl": kl, "align_local": local, "align_global": global_}
         return loss, {key: value.detach() for key, value in (logs | moments(posterior.mean, z)).items()}
 
 
@@ -270,16 +455,17 @@ def collapse_warning(numbers: dict[str, float]) -> str:
 class DecoderObjective(nn.Module):
     """Section 4.1: the encoder is frozen and unmasked, the decoder learns to reconstruct from its samples."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, pixel: PixelLosses):
         super().__init__()
-        self.tokenizer = tokenizer.requires_grad_(False)
+        self.tokenizer, self.pixel = tokenizer.requires_grad_(False), pixel
         self.tokenizer.decoder.requires_grad_(True)
 
-    def forward(self, images: Tensor, noise: Tensor):
+    def forward(self, images: Tensor, noise: Tensor, phase: Phase, u: Tensor | None):
         with torch.no_grad():
             z = self.tokenizer.encode(images).sample(noise)
-        mse = F.mse_loss(self.tokenizer.decode(z), images)
-        return mse, {"loss": mse.detach()}
+        last_layer = self.tokenizer.decoder.to_pixels.weight
+        loss, logs = self.pixel(self.tokenizer.decode(z), images, last_layer, phase, u)
+        return loss, {key: value.detach() for key, value in ({"loss": loss} | logs).items()}
 
 
 class SiTObjective(nn.Module):
@@ -298,8 +484,8 @@ class SiTObjective(nn.Module):
 # The training loop
 
 
-# (local batch, its rows, which rows of the global batch those are, generator) -> arguments of the objective's forward
-Inputs = Callable[[tuple, slice, slice, torch.Generator], tuple]
+# (local batch, its rows, which rows of the global batch those are, step, generator) -> arguments of the objective's forward
+Inputs = Callable[[tuple, slice, slice, int, torch.Generator], tuple]
 
 
 @dataclass
@@ -317,6 +503,8 @@ class Job:
     lr: Callable[[int], float]  # step -> learning rate
     evaluate: Callable[[nn.Module], dict] = lambda average: {}  # the moving average -> numbers for log.jsonl
     extra: dict = field(default_factory=dict)  # goes into the checkpoint
+    adversary: Adversary | None = None  # a part of the objective with its own optimizer
+    joins: int = -1  # the step at which it begins to train
 
 
 @dataclass
@@ -329,6 +517,7 @@ class Context:
     train_items: np.ndarray
     eval_items: np.ndarray
     bad: BadFiles
+    dry: bool = False  # only a dry run
 
     def path(self, name: str) -> Path:
         return Path(self.config.out) / name
@@ -339,16 +528,14 @@ def fit(job: Job, context: Context) -> nn.Module:
     config, processes = context.config, context.processes
     job.objective.to(processes.device).train()
     ema = copy.deepcopy(job.model).requires_grad_(False).eval()
-    trained = [p for p in job.objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr(0), betas=(0.9, 0.95), weight_decay=1e-4, fused=True)  # paper B.1
-    first = resume(job, context, ema, optimizer)
+    optimizers = make_optimizers(job)
+    first = resume(job, context, ema, optimizers)
     if processes.first:  # not before: a refused command must not rewrite what the run was made with
         write_text(json.dumps(asdict(config), indent=1), context.path("config.json"))
     if first >= job.steps:
         return ema
-    forward = torch.compile(job.objective) if config.compile else job.objective
-    if processes.world > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.compile:
+        compile_blocks(job.objective)
     pieces = micro_rows(job.batch_size, job.micro_batch, processes)
     skipped = torch.zeros(2, device=processes.device)  # non-finite steps: in all, and in a row
     meter = Meter(job, context, first)
@@ -356,10 +543,15 @@ def fit(job: Job, context: Context) -> nn.Module:
     with StopSignals() as stop:
         bar = progress(range(first, job.steps), job.stage, processes, initial=first, total=job.steps)
         for step in bar:
+            if step in (first, job.joins):
+                forward = None  # an earlier wrapper's hooks end with it
+                forward = parallel(job, step, processes)
             accumulate(forward, job, context, next(batches), pieces, step, meter)
-            norm = update(optimizer, trained, job.lr(step), skipped)
+            norms = update(optimizers, job.lr(step), skipped)
             update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
-            meter.add({"grad_norm": norm}, 1)
+            if job.adversary and step >= job.joins:
+                job.adversary.finish_step(processes, len(pieces))
+            meter.add(norms, 1)
             done = step + 1
             if done % config.log_every == 0 or done == job.steps:
                 line = meter.write(done, job.lr(step), skipped)
@@ -368,12 +560,37 @@ def fit(job: Job, context: Context) -> nn.Module:
                 meter.append({"stage": job.stage, "step": done, **job.evaluate(ema)})
             stopping = stop.agreed(processes)
             if stopping or done % config.save_every == 0 or done == job.steps:
-                save(job, context, ema, optimizer, done)
+                save(job, context, ema, optimizers, done)
             if stopping:
                 processes.barrier()  # rank 0 has saved
                 message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
                 sys.exit(message if processes.first else 1)
     return ema
+
+
+def make_optimizers(job: Job) -> dict[str, torch.optim.Optimizer]:
+    """AdamW (paper B.1) for the model, and one for the discriminator, which takes no memory before it has gradients."""
+    groups = {"model": [p for p in job.objective.parameters() if p.requires_grad]}
+    if job.adversary:
+        groups["discriminator"] = list(job.adversary.parameters())
+    settings = {"lr": job.lr(0), "betas": (0.9, 0.95), "weight_decay": 1e-4, "fused": True}
+    return {name: torch.optim.AdamW(group, **settings) for name, group in groups.items()}
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile each transformer block in place: one compilation serves all of a kind, and the rest stays plain."""
+    for module in network.modules():
+        if isinstance(module, Block | SiTBlock | LPIPS):
+            module.compile()
+
+
+def parallel(job: Job, step: int, processes: Processes) -> nn.Module:
+    """What to call for the loss. DDP must know what is trained, so it is made again when the discriminator joins."""
+    if job.adversary:
+        job.adversary.requires_grad_(step >= job.joins)
+    if processes.world == 1:
+        return job.objective
+    return DistributedDataParallel(job.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def accumulate(
@@ -387,26 +604,28 @@ def accumulate(
         waiting = rows is not pieces[-1] and context.processes.world > 1
         with forward.no_sync() if waiting else nullcontext():
             with autocast(device):
-                loss, logs = forward(*job.inputs(batch, local, rows, generator))
+                loss, logs = forward(*job.inputs(batch, local, rows, step, generator))
             (loss / len(pieces)).backward()
         meter.add(logs, 1 / len(pieces))
 
 
-def update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], lr: float, skipped: Tensor) -> Tensor:
-    """One AdamW step on clipped gradients, or none if they are not finite -> gradient norm. Never waits for the GPU.
+def update(optimizers: dict[str, torch.optim.Optimizer], lr: float, skipped: Tensor) -> dict[str, Tensor]:
+    """One AdamW step on clipped gradients, or none if any is not finite -> gradient norms. Never waits for the GPU.
 
     The gradients are equal on all processes, so that all skip the same steps. skipped = (in all, in a row) is updated.
     """
-    norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-    bad = (~norm.isfinite()).float()
-    optimizer.found_inf = bad.reshape(())  # the fused kernel leaves everything as it was when this is 1
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    groups = {name: optimizer.param_groups[0] for name, optimizer in optimizers.items()}
+    active = [name for name, group in groups.items() if any(p.grad is not None for p in group["params"])]
+    norms = {name: nn.utils.clip_grad_norm_(groups[name]["params"], MAX_GRAD_NORM) for name in active}
+    bad = (~torch.stack(list(norms.values())).isfinite().all()).float()
+    for name in active:
+        groups[name]["lr"] = lr
+        optimizers[name].found_inf = bad  # the fused kernel leaves everything as it was when this is 1
+        optimizers[name].step()
+        optimizers[name].zero_grad(set_to_none=True)
     skipped[0] += bad
     skipped[1] = (skipped[1] + 1) * bad
-    return norm
+    return {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
 
 @torch.no_grad()
@@ -476,17 +695,19 @@ class Meter:
 
     def reset(self, step: int) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
         self.start, self.time = step, time.perf_counter()
 
     @torch.no_grad()
     def add(self, logs: dict[str, Tensor], weight: float) -> None:
         for key, value in logs.items():
             self.sums[key] = self.sums.get(key, 0) + weight * value.float()
+            self.weights[key] = self.weights.get(key, 0) + weight
 
     def write(self, step: int, lr: float, skipped: Tensor) -> dict:
         """Average over steps and processes, print warnings, append the line, return it; UserError if the run cannot go on."""
         processes, steps = self.context.processes, step - self.start
-        averages = {key: processes.sum(value / steps / processes.world) for key, value in self.sums.items()}
+        averages = {key: processes.sum(value / self.weights[key] / processes.world) for key, value in self.sums.items()}
         seconds = time.perf_counter() - self.time
         line = {"stage": self.job.stage, "step": step, **describe(averages), "lr": lr}
         line["images_per_second"] = self.job.batch_size * steps / seconds
@@ -542,25 +763,26 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def save(job: Job, context: Context, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(job: Job, context: Context, ema: nn.Module, optimizers: dict[str, torch.optim.Optimizer], step: int) -> None:
     """Rank 0 writes the stage's checkpoint; everything random is a function of the step, so no state of it is kept."""
     if context.processes.first:
         content = {
             "stage": job.stage, "step": step, "config": asdict(context.config), "classes": list(context.dataset.classes),
             "images": len(context.dataset), "model": job.objective.state_dict(), "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(), **job.extra,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}, **job.extra,
         }  # fmt: skip
         save_checkpoint(content, context.path(f"{job.stage}.pt"))
 
 
-def resume(job: Job, context: Context, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resume(job: Job, context: Context, ema: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> int:
     """Load the stage's checkpoint if there is one -> the first step still to do. UserError if it is of another run."""
     saved = load_stage(context, job.stage)
     if saved is None:
         return 0
     job.objective.load_state_dict(saved["model"])
     ema.load_state_dict(saved["ema"])
-    optimizer.load_state_dict(saved["optimizer"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][name])
     return saved["step"]
 
 
@@ -640,27 +862,31 @@ def images_and_noise(
     return torch.where(mirror[:, None, None, None], images.flip(-1), images), noise
 
 
-def tokenizer_job(context: Context) -> Job:
-    """Stage tokenizer: masks, alignment, KL."""
-    config, device = context.config, context.processes.device
-    tokenizer = build_tokenizer(asdict(config))
-    grid = config.image_size // config.patch_size
-    teacher = load_teacher(config, grid).to(device)
-    if config.encoder_init and not context.path("tokenizer.pt").exists():
-        with as_user_error(f"--encoder_init {config.encoder_init}: "):
-            load_dinov2(tokenizer.encoder, load_checkpoint(config.encoder_init))
+def augmentation(config: Config, phase: Phase, rows: slice, generator: torch.Generator) -> Tensor | None:
+    """The draws (b, 4, DRAWS) of diff_augment for four views, or None while there is no discriminator."""
+    if not phase.discriminate:
+        return None
+    return torch.rand(config.batch_size, 4, DRAWS, generator=generator, device=generator.device)[rows]
 
-    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
+
+def tokenizer_job(context: Context) -> Job:
+    """Stage tokenizer: the whole objective, with masks."""
+    config = context.config
+    tokenizer, teacher, pixel = build_tokenizer(asdict(config)), load_teacher(context), pixel_losses(context)
+    if config.encoder_init != "none" and not context.path("tokenizer.pt").exists():
+        load_dinov2(tokenizer.encoder, official(ViT(config.encoder_init), config.encoder_init, context).state_dict())
+
+    def inputs(batch: tuple, local: slice, rows: slice, step: int, generator: torch.Generator) -> tuple:
         images, noise = images_and_noise(context, batch, local, rows, generator)
         cls, patches = teacher(images)
         ratio = masking.mask_ratio(config.batch_size, config.mask_ratio, generator=generator)
         mask, latent_mask = make_masks(config, ratio, rows, cls, patches, generator)
-        return images, mask, latent_mask, noise, cls, patches
+        phase = phase_at(config, step)
+        return images, mask, latent_mask, noise, cls, patches, phase, augmentation(config, phase, rows, generator)
 
-    objective = TokenizerObjective(config, tokenizer, teacher.width)
     return Job(
         stage="tokenizer",
-        objective=objective,
+        objective=TokenizerObjective(config, tokenizer, teacher.width, pixel),
         model=tokenizer,
         inputs=inputs,
         batches=image_batches(context),
@@ -669,6 +895,8 @@ def tokenizer_job(context: Context) -> Job:
         steps=config.tokenizer_steps,
         lr=warmup_cosine(config),
         evaluate=lambda average: reconstruction_quality(average, context),
+        adversary=pixel.adversary,
+        joins=config.discriminator_start,
     )
 
 
@@ -689,25 +917,37 @@ def make_masks(
 
 
 def decoder_job(context: Context) -> Job:
-    """Stage decoder: from the averaged weights of stage tokenizer, at its peak learning rate / 10 (ours)."""
+    """Stage decoder: from the averaged weights of stage tokenizer and its discriminator, at its peak lr / 10 (ours)."""
     config = context.config
-    tokenizer = build_tokenizer(asdict(config))
-    tokenizer.load_state_dict(load_finished(context, "tokenizer")["ema"])
+    tokenizer, pixel = build_tokenizer(asdict(config)), pixel_losses(context)
+    before = load_finished(context, "tokenizer")
+    tokenizer.load_state_dict(before["ema"])
+    if pixel.adversary:
+        prefix = "pixel.adversary."
+        state = {key.removeprefix(prefix): value for key, value in before["model"].items() if key.startswith(prefix)}
+        pixel.adversary.load_state_dict(state)
+
+    def inputs(batch: tuple, local: slice, rows: slice, step: int, generator: torch.Generator) -> tuple:
+        images, noise = images_and_noise(context, batch, local, rows, generator)
+        phase = phase_at(config, config.tokenizer_steps + step)
+        return images, noise, phase, augmentation(config, phase, rows, generator)
 
     def lr(step: int) -> float:
         return config.lr / 10 * (1 - step / config.decoder_steps)
 
     return Job(
         stage="decoder",
-        objective=DecoderObjective(tokenizer),
+        objective=DecoderObjective(tokenizer, pixel),
         model=tokenizer,
-        inputs=partial(images_and_noise, context),
+        inputs=inputs,
         batches=image_batches(context),
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
         steps=config.decoder_steps,
         lr=lr,
         evaluate=lambda average: reconstruction_quality(average, context),
+        adversary=pixel.adversary,
+        joins=config.discriminator_start - config.tokenizer_steps,
     )
 
 
@@ -784,7 +1024,7 @@ def sit_job(context: Context) -> Job:
                 batch_indices(len(cache), config.sit_batch_size, config.seed, step, slice(share.start, share.stop))
             )
 
-    def inputs(batch: tuple, local: slice, rows: slice, generator: torch.Generator) -> tuple:
+    def inputs(batch: tuple, local: slice, rows: slice, step: int, generator: torch.Generator) -> tuple:
         mean, std, y = (part[local].to(device, non_blocking=True) for part in batch)
         size, shape = config.sit_batch_size, mean.shape[2:]
         flip, drop, t = torch.rand(3, size, generator=generator, device=device)[:, rows]
@@ -815,11 +1055,11 @@ def sit_job(context: Context) -> Job:
 def distance_features(context: Context) -> tuple[str, Callable[[Tensor], Tensor]]:
     """What a Frechet distance is called, and its features of uint8 images (b, 3, S, S) -> (b, D).
 
-    FID where the official Inception file is in torch hub's cache; else HOG features of a 4 x 4 grid, which are no FID.
+    FID where the official Inception file is at hand; else HOG features of a 4 x 4 grid, which are no FID.
     """
-    device, path = context.processes.device, inception_path()
-    if path.is_file():
-        model = load_inception(path, device)
+    device = context.processes.device
+    if official_path("inception", context.config.weights).is_file():
+        model = load_inception(context.config.weights, device)
         return "fid", lambda images: inception_features(model, images)
     hog = HOG(4)
     return "hog_frechet_distance", lambda images: hog(to_float(images))[1].flatten(1)
@@ -899,7 +1139,7 @@ def draw_masks(context: Context) -> None:
     config, device = context.config, context.processes.device
     grid = config.image_size // config.patch_size
     images = held_out(context, 8)
-    cls, patches = load_teacher(config, grid).to(device)(to_float(images.to(device)))
+    cls, patches = load_teacher(context)(to_float(images.to(device)))
     ratio = torch.full((len(images),), 0.5, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     rows = [images]
@@ -946,33 +1186,35 @@ def run_stage(stage: str, context: Context) -> dict:
 
 
 def dry_run(context: Context) -> None:
-    """Print parameters, batch split, memory and one measured step of the tokenizer; nothing is written."""
+    """Print the files, parameters, batch split, memory and one measured step of the tokenizer; nothing is written."""
     config, processes, device = context.config, context.processes, context.processes.device
     job = tokenizer_job(context)
     with torch.device("meta"):
         sit = SiT(config.tokens, config.channels, len(context.dataset.classes), config.sit)
     job.objective.to(device).train()
-    trained = list(job.objective.parameters())
+    parallel(job, config.tokenizer_steps, Processes(0, 1, device))
+    trained = sum(p.numel() for p in job.objective.parameters())
     pieces = micro_rows(config.batch_size, config.micro_batch, processes)
     width = pieces[0].stop - pieces[0].start
     measured = width if device.type == "cuda" else min(2, width)
     rows = slice(pieces[0].start, pieces[0].start + measured)
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    optimizers = make_optimizers(job)
     items = [int(context.train_items[i]) for i in batch_indices(len(context.train_items), measured, 0, 0, slice(None))]
     batch = next(iter(loader(context.dataset, [items], 0)))
+    last = config.tokenizer_steps - 1  # when every term counts
     for _ in range(2):  # the first one warms up
         synchronize(device)
         start = time.perf_counter()
         with autocast(device):
-            loss, _ = job.objective(
-                *job.inputs(batch, slice(0, len(items)), rows, step_generator(0, "tokenizer", 0, device))
-            )
+            generator = step_generator(0, "tokenizer", 0, device)
+            loss, _ = job.objective(*job.inputs(batch, slice(0, len(items)), rows, last, generator))
         loss.backward()
-        update(optimizer, trained, 0.0, torch.zeros(2, device=device))
+        update(optimizers, 0.0, torch.zeros(2, device=device))
         synchronize(device)
         seconds = time.perf_counter() - start
     if not processes.first:
         return
+    list_files(context)
     model, share = job.model, config.batch_size / processes.world
     batch_seconds = seconds / measured * share
     print(
@@ -983,16 +1225,31 @@ def dry_run(context: Context) -> None:
         f"tokenizer   {config.size}: {millions(model)}, N = {model.num_patches}, L = {config.tokens}, C = {config.channels}"
     )
     print(f"alignment   {millions(job.objective.alignment)}, teacher {config.teacher}")
+    if job.adversary:
+        print(f"adversary   {millions(job.adversary)} in the heads")
     print(f"sit         {config.sit}: {millions(sit)}")
     print(f"batch       {config.batch_size} = {processes.world} processes x {len(pieces)} accumulated x {width} images")
     print(
-        f"memory      {20 * sum(p.numel() for p in trained) / 1e9:.2f} GB for weights, gradients, Adam and EMA; "
+        f"memory      {20 * trained / 1e9:.2f} GB for weights, gradients, Adam and EMA; "
         f"peak with {measured} images {peak_memory(device) / 1e9:.2f} GB"
     )
     print(
         f"one step    {seconds:.2f} s for {measured} images on {device.type}: {batch_seconds:.1f} s for the batch, "
         f"{batch_seconds * config.tokenizer_steps / 3600:.1f} h for {config.tokenizer_steps} steps"
     )
+
+
+def list_files(context: Context) -> None:
+    """Print each official file that the run needs: path, size, SHA-256, licence; or where a missing one will come from."""
+    needed = official_files(context.config, list(STAGES))
+    for name in [*needed, "inception"]:
+        file, path = OFFICIAL[name], official_path(name, context.config.weights)
+        if path.is_file():
+            print(f"file        {path}: {path.stat().st_size / 1e6:.1f} MB, SHA-256 {file_hash(path)}, {file.licence}")
+        elif name in needed:
+            print(f"file        {path}: missing, measured with random weights; from {file.url}, {file.licence}")
+        else:
+            print(f"file        {path}: missing, so there will be no FID; from {file.url}, {file.licence}")
 
 
 def millions(model: nn.Module) -> str:
@@ -1004,35 +1261,37 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def open_context(config: Config, processes: Processes) -> Context:
+def open_context(config: Config, processes: Processes, dry: bool = False) -> Context:
     """Find the data and split it."""
     dataset = ImageFolder(config.data, config.image_size) if config.data else Shapes(config.image_size)
     if len(dataset) < 2:
         raise UserError(f"{config.data} has only one image; two are the least")
     train_items, eval_items = split(len(dataset), config.eval_images)
-    return Context(config, processes, dataset, train_items, eval_items, BadFiles(dataset))
+    return Context(config, processes, dataset, train_items, eval_items, BadFiles(dataset), dry)
 
 
 def main(arguments: list[str]) -> None:
     config, stage, dry = parse_config(arguments)
     processes = Processes.start()
     check_config(config, processes)
-    context = open_context(config, processes)
-    if config.size != "toy" and config.teacher == "hog" and processes.first:
-        print(
-            "note: the teacher is HOG; the paper's is DINOv2-B: --teacher FILE, and --encoder_init FILE",
-            file=sys.stderr,
-        )
+    context = open_context(config, processes, dry)
+    if processes.first:
+        print(f"objective: {objective_text(config)}")
     if dry:
         return dry_run(context)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    path = context.path("result.json")
+    path, stages = context.path("result.json"), list(STAGES) if stage == "all" else [stage]
     result = json.loads(path.read_text()) if path.exists() else {}
-    for name in STAGES if stage == "all" else (stage,):
-        if name in result and is_done(context, name):
-            if processes.first:
-                print(f"{name}: done before")
-            continue
+    while stages and stages[0] in result and is_done(context, stages[0]):
+        if processes.first:
+            print(f"{stages[0]}: done before")
+        stages.pop(0)
+    files = official_files(config, stages)
+    find_official(files, config.weights, processes)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    result["objective"] = objective_text(config)
+    hashes = {OFFICIAL[name].file: file_hash(official_path(name, config.weights)) for name in files}
+    result["weights"] = result.get("weights", {}) | hashes
+    for name in stages:
         start = time.perf_counter()
         result[name] = run_stage(name, context)
         result[name]["seconds"] = round(time.perf_counter() - start, 1)

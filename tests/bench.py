@@ -5,6 +5,7 @@
     python tests/bench.py --preset b256 --batch 32 --compile
     python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
 
+The official networks take part with random weights where their files are not at hand: their values do not change the speed.
 A line's FLOPs are counted by PyTorch (matrix products and convolutions, 2 per multiply-add), forward and backward. The
 peak is the best of some square and model-shaped matrix products in the precision that training uses, measured in the
 same run: on a busy machine compare shares, not times.
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,13 +25,14 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from align import HOG
-from data import ImageFolder, Parser, Processes, Shapes, batch_indices, command_line, loader
+from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, batch_indices, command_line, loader
 from fid import InceptionV3, frechet_distance, inception_features, load_inception, precision_recall, statistics
 from masking import mask_ratio, random_mask
 from sample import build_tokenizer
 from sit import SiT, sample, seeded_noise
-from train import SiTObjective, TokenizerObjective, autocast, parse_config, peak_memory, synchronize, update
+from losses import DRAWS
+from train import Context, Phase, SiTObjective, TokenizerObjective, autocast, compile_blocks, load_teacher, parse_config
+from train import peak_memory, pixel_losses, synchronize, update
 
 
 def seconds_of(step: Callable[[], object], device: torch.device, least: float = 2.0) -> float:
@@ -71,23 +73,61 @@ def report(name: str, step: Callable[[], object], images: int, device: torch.dev
     )
 
 
-def training_step(
-    objective: torch.nn.Module, inputs: Callable[[], tuple], device: torch.device, compiled: bool
-) -> Callable:
+def training_step(objective: torch.nn.Module, inputs: Callable[[], tuple], device: torch.device) -> Callable:
     """Forward, backward and optimizer step, as train.fit does them."""
-    objective.to(device).train()
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizers = {"all": torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)}
     skipped = torch.zeros(2, device=device)
-    forward = torch.compile(objective) if compiled else objective
 
     def step():
         with autocast(device):
-            loss, _ = forward(*inputs())
+            loss, _ = objective(*inputs())
         loss.backward()
-        update(optimizer, trained, 1e-4, skipped)
+        update(optimizers, 1e-4, skipped)
 
     return step
+
+
+def bench_tokenizer(context: Context, batch: int, peak: float) -> None:
+    """The whole step, and its terms one by one."""
+    config, device, size = context.config, context.processes.device, context.config.image_size
+    tokenizer, teacher, pixel = build_tokenizer(asdict(config)), load_teacher(context), pixel_losses(context)
+    objective = TokenizerObjective(config, tokenizer, teacher.width, pixel).to(device).train().requires_grad_(True)
+    if config.compile:
+        compile_blocks(objective)
+    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+    generator, u = torch.Generator(device).manual_seed(0), torch.rand(batch, 4, DRAWS, device=device)
+    whole = Phase(config.perceptual_weight, config.adversarial_weight > 0, config.adversarial_weight)
+    features = teacher(images)
+
+    def inputs(phase: Phase, features: Callable[[], tuple]):
+        noise = torch.randn(batch, config.tokens, config.channels, generator=generator, device=device)
+        mask = random_mask(mask_ratio(batch, generator=generator), tokenizer.num_patches, generator)
+        return images, mask, None, noise, *features(), phase, u
+
+    def term(name: str, loss: Callable[[torch.Tensor], torch.Tensor]):
+        """The forward pass of a loss of the pixels and its gradient there."""
+
+        def step():
+            pixels = images.roll(1, 0).requires_grad_()
+            with autocast(device):
+                value = loss(pixels)
+            value.backward()
+
+        report(name, step, batch, device, peak)
+
+    step = training_step(objective, lambda: inputs(whole, lambda: teacher(images)), device)
+    report(f"tokenizer {config.size} step, batch {batch}", step, batch, device, peak)
+    if pixel.frozen[0] is None and pixel.adversary is None:
+        return
+    report("  teacher", lambda: teacher(images), batch, device, peak)
+    if pixel.frozen[0] is not None:
+        term("  LPIPS", lambda pixels: pixel.frozen[0](pixels, images).mean())
+    if pixel.adversary:
+        term("  discriminator's own loss", lambda pixels: pixel.adversary(pixels, images, u, False)[0])
+        term("  the same + adversarial", lambda pixels: sum(pixel.adversary(pixels, images, u, True)[:2]))
+    objective.pixel.requires_grad_(False)
+    step = training_step(objective, lambda: inputs(Phase(0.0, False, 0.0), lambda: features), device)
+    report("  the rest: tokenizer and AdamW", step, batch, device, peak)
 
 
 def once(step: Callable[[], object]) -> float:
@@ -100,8 +140,8 @@ def once(step: Callable[[], object]) -> float:
 def bench_fid(device: torch.device, peak: float) -> None:
     """The parts of fid.py at the sizes they are used with; random weights and features, whose values do not matter."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(InceptionV3().state_dict(), f"{folder}/inception.pth")
-        model = load_inception(f"{folder}/inception.pth", device)
+        torch.save(InceptionV3().state_dict(), f"{folder}/{OFFICIAL['inception'].file}")
+        model = load_inception(folder, device)
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
     report("Inception features, 256 px, batch 32", lambda: inception_features(model, images), 32, device, peak)
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +163,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
     args = parser.parse_args(arguments)
     config, _, _ = parse_config(["--preset", args.preset])
-    device = Processes.start().device
+    processes = Processes.start()
+    device = processes.device
     batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
     peak = matmul_peak(device)
     print(
@@ -133,22 +174,18 @@ def main(arguments: list[str]) -> None:
 
     if args.fid:
         return bench_fid(device, peak)
-    tokenizer, size, grid = build_tokenizer(asdict(config)), config.image_size, config.image_size // config.patch_size
-    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    teacher, generator = HOG(grid), torch.Generator(device).manual_seed(0)
+    size = config.image_size
+    context = Context(replace(config, compile=args.compile), processes, Shapes(size), None, None, None, dry=True)
+    bench_tokenizer(context, batch, peak)
 
-    def tokenizer_inputs():
-        noise = torch.randn(batch, config.tokens, config.channels, generator=generator, device=device)
-        mask = random_mask(mask_ratio(batch, generator=generator), grid**2, generator)
-        return images, mask, None, noise, *teacher(images)
-
-    step = training_step(TokenizerObjective(config, tokenizer, teacher.width), tokenizer_inputs, device, args.compile)
-    report(f"tokenizer {config.size} step, batch {batch}", step, batch, device, peak)
-
-    sit = SiT(config.tokens, config.channels, 10, config.sit)
+    tokenizer = build_tokenizer(asdict(config)).to(device).eval()
+    sit = SiT(config.tokens, config.channels, 10, config.sit).to(device).train()
+    objective = SiTObjective(sit)
+    if args.compile:
+        compile_blocks(objective)
     x = torch.randn(sit_batch, config.tokens, config.channels, device=device)
     y, t = torch.arange(sit_batch, device=device) % 10, torch.rand(sit_batch, device=device)
-    step = training_step(SiTObjective(sit), lambda: (x, y, t, torch.randn_like(x)), device, args.compile)
+    step = training_step(objective, lambda: (x, y, t, torch.randn_like(x)), device)
     report(f"sit {config.sit} step, batch {sit_batch}", step, sit_batch, device, peak)
 
     steps, few = 10, min(16, sit_batch)

@@ -2,9 +2,9 @@
 
     python tests/make_reference.py GOLDEN_FOLDER    # kept outside the repository
 
-The golden files hold outputs of DINOv2 (facebookresearch), timm, MAETok's SiT, REPA's samplers, scikit-image, pytorch-fid,
-torch-fidelity and ADM's evaluator on deterministic weights (tests/reference.py, `fill`). Only small parts are kept: one image
-per case, a stride over patch tokens.
+The golden files hold outputs of DINO and DINOv2 (facebookresearch), timm, LPIPS, MAETok's SiT, REPA's samplers,
+scikit-image, pytorch-fid, torch-fidelity and ADM's evaluator on deterministic weights (tests/reference.py, `fill`). Only
+small parts are kept: one image per case, a stride over patch tokens.
 """
 
 import io
@@ -63,6 +63,16 @@ def main(golden: Path) -> None:
             out[f"{name}/registers"] = arrays["x_norm_regtokens"][:1]
         if "patch_kernel_every16th" in arrays:
             out[f"{name}/kernel"] = arrays["patch_kernel_every16th"]
+    for name in ("dino_vits16", "dino_vits16_interp"):
+        arrays = np.load(golden / f"{name}.npz")
+        out[f"{name}/image"] = first_image(arrays["x"])
+        out[f"{name}/cls"] = arrays["clstoken"][:1]
+        out[f"{name}/patches"] = arrays["patchtokens"][:1, ::8]
+        out[f"{name}/positions"] = arrays["pos_embed_interp_ch0to7"].reshape(-1, 8)
+        for block in (2, 5, 8, 11):
+            out[f"{name}/block{block}"] = arrays[f"block{block}_tok0to3"][:1]
+    lpips = np.load(golden / "lpips_vgg.npz")
+    out |= {f"lpips_vgg/{key}": lpips[f"small_{key}"] for key in ("a", "b", "layers")}
     for name in ("sit1d_small", "sit_loss"):
         out |= {f"{name}/{key}": value for key, value in np.load(golden / f"{name}.npz").items()}
     sampler = np.load(golden / "sampler.npz")
@@ -74,7 +84,10 @@ def main(golden: Path) -> None:
     keys = ("mu_a", "sigma_a", "mu_b", "sigma_b", "small_a", "small_b")
     keys += ("fid_float64_eigh", "fid_small_float64_eigh", "fid_pytorchfid", "fid_small_pytorchfid")
     out |= {f"metrics_fid/{key}": fid[key] for key in keys}
-    for name in ("dinov2_vits14_pretrain", "dinov2_vits14_reg4_pretrain", "sit1d_small", "maetok_sit-xl-1_c32_l128"):
+    contracts = (
+        "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain vgg16-397923af lpips_v0.1_vgg"
+    )
+    for name in (*contracts.split(), "sit1d_small", "maetok_sit-xl-1_c32_l128"):
         contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
         out[f"contract/{name}"] = np.array(json.dumps(contract))
     np.savez_compressed(Path(__file__).with_name("reference.npz"), **out)

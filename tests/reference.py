@@ -51,6 +51,21 @@ def filled(name: str) -> dict[str, torch.Tensor]:
     return {key: fill(key, shape) for key, shape in contract(name).items()}
 
 
+def official_folder(root: Path, *files: str) -> Path:
+    """A folder of files of the official formats and names, with deterministic contents: those of their contracts."""
+    root.mkdir(exist_ok=True)
+    for file in files:
+        shapes = contract(file)
+        state = {key: fill(key, shape) for key, shape in shapes.items() if "classifier" not in key}
+        if file.startswith("lpips"):
+            state = {key: value.abs() for key, value in state.items()}
+        state |= {
+            key: torch.zeros(1).expand(shape) for key, shape in shapes.items() if "classifier" in key
+        }  # small on disk
+        torch.save(state, root / f"{file}.pth")
+    return root
+
+
 def low_rank_features(arguments: np.ndarray) -> torch.Tensor:
     """The (n, d) features that a reference value was computed from: 0.4 + 0.2 (scale Z W / sqrt(rank) + 0.5 E) + shift M."""
     seed_basis, seed_rows, n, d, rank = (int(x) for x in arguments[:5])

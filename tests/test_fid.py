@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ARRAYS, ENV, FID_ARRAYS, array, command, filled, low_rank_features, make_folder, succeed
+from reference import ARRAYS, ENV, FID_ARRAYS, array, command, low_rank_features, make_folder, official_folder, succeed
 
 import fid
 import sample
-from data import UserError, save_checkpoint
+from data import OFFICIAL, UserError, save_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,15 +91,13 @@ INCEPTION = "pt_inception-2015-12-05-6726825d"
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A file of the official format with generated contents."""
-    path = tmp_path_factory.mktemp("weights") / f"{INCEPTION}.pth"
-    torch.save(filled(INCEPTION), path)
-    return path
+    """A folder with a file of the official format with generated contents."""
+    return official_folder(tmp_path_factory.mktemp("weights"), INCEPTION)
 
 
 @pytest.fixture(scope="session")
 def inception(weights):
-    return fid.load_inception(weights, torch.device("cpu"))
+    return fid.load_inception(str(weights), torch.device("cpu"))
 
 
 def inception_case(i):
@@ -141,21 +139,22 @@ def test_inception_refuses_floats_and_unknown_conventions():
 
 
 def test_inception_files_are_accepted_without_counters_and_else_strictly(tmp_path, weights, inception):
-    state = torch.load(weights)
+    state = torch.load(weights / f"{INCEPTION}.pth")
     assert len(state) == 566
     short = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     assert len(short) == 472
-    torch.save(short, tmp_path / "short.pth")
-    loaded = fid.load_inception(tmp_path / "short.pth", torch.device("cpu")).state_dict()
+    path = tmp_path / f"{INCEPTION}.pth"
+    torch.save(short, path)
+    loaded = fid.load_inception(str(tmp_path), torch.device("cpu")).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in inception.state_dict().items())
     for change, named in (
         ({"fc.bias": torch.zeros(1000)}, r"fc.bias is \(1000,\), expected \(1008,\)"),
         ({"extra": torch.zeros(1)}, r"extra is \(1,\), expected absent"),
         ({"Mixed_5b.branch1x1.bn.weight": None}, r"Mixed_5b.branch1x1.bn.weight is absent, expected \(64,\)"),
     ):
-        torch.save(short | change, tmp_path / "bad.pth")
+        torch.save(short | change, path)
         with pytest.raises(UserError, match=named):
-            fid.load_inception(tmp_path / "bad.pth", torch.device("cpu"))
+            fid.load_inception(str(tmp_path), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,21 +351,21 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, make, named):
 
 
 def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path):
-    state = torch.load(weights)
+    state = torch.load(weights / f"{INCEPTION}.pth")
     state["Mixed_7c.branch1x1.bn.bias"] = torch.full((320,), torch.nan)
-    torch.save(state, tmp_path / "nan.pth")
+    torch.save(state, tmp_path / f"{INCEPTION}.pth")
     np.savez(tmp_path / "four.npz", **MOMENTS)
     with pytest.raises(UserError, match="feature values are not finite"):
-        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}/nan.pth")
+        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}")
     with pytest.raises(UserError, match="2048 and of 4 dimensions"):
         run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
 
 
 def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
     argv = command("fid.py", f"gfid {samples}/folder {samples}/folder")
-    done = subprocess.run(argv, capture_output=True, text=True, env=ENV | {"TORCH_HOME": str(tmp_path)})
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert fid.WEIGHTS_URL in done.stderr and "--weights" in done.stderr
+    assert OFFICIAL["inception"].url in done.stderr and "--weights" in done.stderr
     for words, named in (("gfod a b", "invalid choice"), ("gfid a b --weight x", "did you mean --weights")):
         with pytest.raises(UserError, match=named):
             run(words)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ENV, ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, succeed
+from reference import ENV, ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, official_folder, succeed
 
 import data
 import train
@@ -27,10 +27,27 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(images, tmp_path_factory):
-    """An unbroken tiny run through all stages: 20 steps each."""
+def weights(tmp_path_factory):
+    """Files of the official formats with generated contents."""
+    files = ("dinov2_vits14_pretrain", "dinov2_vits14_reg4_pretrain", "dino_deitsmall16_pretrain")
+    return official_folder(tmp_path_factory.mktemp("weights"), *files, "vgg16-397923af", "lpips_v0.1_vgg")
+
+
+@pytest.fixture(scope="session")
+def whole(images, weights):
+    """Arguments of a tiny run with every term of the objective: 20 steps per stage, the discriminator from 6, felt from 8.
+
+    A small learning rate: rounding moves the kinks of VGG's max pools, and larger steps soon make that visible.
+    """
+    terms = "--perceptual_weight 1 --perceptual_warmup 5 --adversarial_weight 0.2 --discriminator_start 6"
+    return f"{TINY} {TINY_STEPS} {terms} --discriminator_delay 2 --lr 1e-4 --weights {weights} --data {images}"
+
+
+@pytest.fixture(scope="session")
+def finished(whole, tmp_path_factory):
+    """That run, unbroken."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")
+    succeed("train.py", whole, f"--out {out}")
     return out
 
 
@@ -65,15 +82,20 @@ def test_a_run_leaves_what_it_promises(finished):
     }
     names |= {"tokenizer.pt", "decoder.pt", "sit.pt"}
     assert set(os.listdir(finished)) == names
+    assert (finished / "tokenizer.pt").stat().st_size < 40e6  # without VGG and DINO
     result = json.loads((finished / "result.json").read_text())
     assert result["decoder"]["psnr"] > 5 and result["decoder"]["held_out_images"] == 8
     assert result["decoder"]["hog_frechet_distance"] > 0 and result["sit"]["hog_frechet_distance"] > 0  # not called FID
     assert result["config"] == json.loads((finished / "config.json").read_text())
     line = log_lines(finished, "tokenizer")[-1]
-    expected = (
-        "loss mse kl align_local align_global kl_per_token active_units latent_std grad_norm lr images_per_second"
-    )
+    expected = "loss mse lpips adversarial kl align_local align_global discriminator consistency lecam adaptive_weight"
+    expected += " kl_per_token active_units latent_std model_grad_norm discriminator_grad_norm lr images_per_second"
     assert set(expected.split()) <= line.keys() and line["step"] == 20 and line["skipped_steps"] == 0
+    assert all(np.isfinite(value) for value in line.values() if not isinstance(value, str))
+    assert 0 < line["adaptive_weight"] <= train.MAX_ADAPTIVE_WEIGHT
+    assert "adversarial" in log_lines(finished, "decoder")[0]  # the discriminator goes on from stage tokenizer
+    assert "1 LPIPS" in result["objective"] and "0.2 adversarial (from step 8)" in result["objective"]
+    assert len(result["weights"]) == 3 and all(len(sha256) == 64 for sha256 in result["weights"].values())
     assert Image.open(finished / "samples.png").size == (8 * 64, 3 * 64)  # 3 classes
     assert log_lines(finished, "tokenizer")[0]["loss"] > line["loss"]
 
@@ -93,6 +115,9 @@ def test_latent_statistics_are_those_of_the_latents(finished):
 def close_weights(ours, theirs):
     """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
     for key, value in theirs.items():
+        if key == "pixel.adversary.weight":  # a ratio of gradients through VGG's max pools
+            torch.testing.assert_close(ours[key], value, atol=0, rtol=1e-2)
+            continue
         acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
         if key.endswith("attn.qkv.bias"):
             acting.view(3, -1)[1] = False
@@ -105,8 +130,8 @@ sys.path.insert(0, {root!r})
 import data, train
 stage = {stage!r}
 save, write = train.save, data.LatentCache.write
-def save_then_die(job, context, ema, optimizer, step):
-    save(job, context, ema, optimizer, step)
+def save_then_die(job, context, ema, optimizers, step):
+    save(job, context, ema, optimizers, step)
     if job.stage == stage and step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
 def write_then_die(*arguments):
@@ -118,15 +143,15 @@ train.main(sys.argv[1:])
 """
 
 
-def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, images, tmp_path):
+def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, whole, tmp_path):
     """kill -9 after step 10 of each stage in turn (in the middle of writing the latents), then the same command again."""
     out = tmp_path / "broken"
-    arguments = command("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")[2:]
+    arguments = command("train.py", whole, f"--out {out}")[2:]
     for stage in train.STAGES:
         script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=ENV)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}")
+    succeed("train.py", whole, f"--out {out}")
     for name in ("tokenizer.pt", "decoder.pt", "sit.pt"):
         same_weights(out / name, finished / name)
     assert (out / "latents.bin").read_bytes() == (finished / "latents.bin").read_bytes()
@@ -137,28 +162,31 @@ def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, images, tmp
         assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
 
 
-def test_two_processes_equal_one(finished, images, tmp_path):
-    """Losses, weights, moving averages and latents of 2 gloo processes."""
-    out = tmp_path / "two"
-    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out}", processes=2)
-    for stage in ("tokenizer", "decoder", "sit"):
+def test_two_processes_equal_one(finished, whole, tmp_path):
+    """Losses, weights, moving averages and latents of 2 gloo processes; the later stages from the same tokenizer.pt."""
+    first, rest = tmp_path / "first", copy_run(finished, tmp_path)
+    for name in ("decoder.pt", "latents.bin", "sit.pt"):
+        (rest / name).unlink()
+    succeed("train.py", whole, f"--out {first} --stage tokenizer", processes=2)
+    succeed("train.py", whole, f"--out {rest}", processes=2)
+    for out, stage in ((first, "tokenizer"), (rest, "decoder"), (rest, "sit")):
         assert len(log_lines(out, stage)) == 2
         for two, one in zip(log_lines(out, stage), log_lines(finished, stage)):
             assert two["loss"] == pytest.approx(one["loss"], rel=PROCESS_COUNT_TOLERANCE)
         ours, theirs = (data.load_checkpoint(run / f"{stage}.pt") for run in (out, finished))
         for part in ("model", "ema"):
             close_weights(ours[part], theirs[part])
-    ours, theirs = (data.load_checkpoint(run / "sit.pt")["tokenizer"] for run in (out, finished))
+    ours, theirs = (data.load_checkpoint(run / "sit.pt")["tokenizer"] for run in (rest, finished))
     torch.testing.assert_close(ours["latent_std"], theirs["latent_std"], atol=1e-4, rtol=0)
 
 
-def test_resume_on_another_process_count_and_micro_batch(finished, images, tmp_path):
+def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_path):
     out = tmp_path / "mixed"
     stop = KILL_AFTER_SAVE.format(root=str(ROOT), stage="tokenizer")
-    arguments = command("train.py", TINY, TINY_STEPS, f"--data {images} --out {out} --stage tokenizer")[2:]
+    arguments = command("train.py", whole, f"--out {out} --stage tokenizer")[2:]
     subprocess.run([sys.executable, "-c", stop, *arguments], capture_output=True, env=ENV)
     assert data.load_checkpoint(out / "tokenizer.pt")["step"] == 10
-    succeed("train.py", TINY, TINY_STEPS, f"--data {images} --out {out} --stage tokenizer --micro_batch 2", processes=2)
+    succeed("train.py", whole, f"--out {out} --stage tokenizer --micro_batch 2", processes=2)
     ours, theirs = (data.load_checkpoint(run / "tokenizer.pt") for run in (out, finished))
     close_weights(ours["model"], theirs["model"])
 
@@ -229,13 +257,12 @@ def test_sample_pictures(finished, images, tmp_path):
     assert Image.open(tmp_path / "r.png").size == (4 * 64, 2 * 64)
 
 
-def test_dinov2_teacher_and_encoder_train(images, tmp_path):
-    """Files of the official format with generated contents."""
-    torch.save(filled("dinov2_vits14_reg4_pretrain"), tmp_path / "teacher.pth")
-    torch.save(filled("dinov2_vits14_pretrain"), tmp_path / "init.pth")
-    words = f"--size S --teacher {tmp_path}/teacher.pth --encoder_init {tmp_path}/init.pth --lr 0"
+def test_dinov2_teacher_and_encoder_train(images, weights, tmp_path):
+    words = f"--size S --teacher dinov2_vits14_reg --encoder_init dinov2_vits14 --weights {weights} --lr 0"
     steps = "--batch_size 2 --tokenizer_steps 1 --stage tokenizer"
-    succeed("train.py", TINY, words, steps, f"--data {images} --out {tmp_path}/out")
+    done = succeed("train.py", TINY, words, steps, f"--data {images} --out {tmp_path}/out")
+    assert "alignment with dinov2_vits14_reg; off, for they need official weights: LPIPS" in done.stdout
+    assert done.stderr.count("is not the official file") == 2  # the contents are generated
     model = data.load_checkpoint(tmp_path / "out" / "tokenizer.pt")["ema"]
     torch.testing.assert_close(
         model["encoder.blocks.3.attn.qkv.weight"], filled("dinov2_vits14_pretrain")["blocks.3.attn.qkv.weight"]
@@ -254,6 +281,20 @@ def test_dry_run_prints_and_writes_nothing(images, tmp_path):
     assert "M parameters" in done.stdout and "1 processes x 4 accumulated x 2 images" in done.stdout
     assert re.search(r"one step +\d+\.\d+ s", done.stdout) and "GB" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_lists_the_files_that_a_run_needs(images, weights, tmp_path):
+    (tmp_path / "vgg16-397923af.pth").symlink_to(weights / "vgg16-397923af.pth")
+    words = f"--perceptual_weight 1 --adversarial_weight 1 --weights {tmp_path} --data {images} --dry_run"
+    lines = succeed("train.py", TINY, words).stdout.splitlines()
+    files = {name: next(line for line in lines if data.OFFICIAL[name].file in line) for name in OBJECTIVE_FILES}
+    assert data.file_hash(weights / "vgg16-397923af.pth") in files["vgg16"]
+    assert "58.9 MB" in files["vgg16"] and "BSD-3-Clause" in files["vgg16"]
+    assert "missing, measured with random weights" in files["dino_vits16"] and "https://" in files["dino_vits16"]
+    assert "there will be no FID" in files["inception"] and not any("dinov2" in line for line in lines)
+
+
+OBJECTIVE_FILES = ("vgg16", "lpips_vgg", "dino_vits16", "inception")
 
 
 class Recorder(dict):
@@ -315,20 +356,25 @@ def test_collapse_is_named(images, tmp_path):
 def test_non_finite_steps_are_skipped_and_leave_no_trace():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    skipped = torch.zeros(2)
+    other = torch.nn.Parameter(torch.ones(3))  # of a discriminator that has no gradients yet
+    optimizer, idle = (torch.optim.AdamW([x], fused=True) for x in (weight, other))
+    optimizers, skipped = {"model": optimizer, "discriminator": idle}, torch.zeros(2)
     weight.grad = torch.ones(3)
-    train.update(optimizer, [weight], 0.1, skipped)
+    train.update(optimizers, 0.1, skipped)
     before, state = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
     for bad in (float("nan"), float("inf")):
         weight.grad = torch.tensor([1.0, bad, 1.0])
-        train.update(optimizer, [weight], 0.1, skipped)
+        train.update(optimizers, 0.1, skipped)
         assert torch.equal(weight, before)
         assert all(torch.equal(value, state[key]) for key, value in optimizer.state[weight].items())
-    assert skipped.tolist() == [2, 2]
+    assert skipped.tolist() == [2, 2] and not idle.state
     weight.grad = torch.ones(3)
-    train.update(optimizer, [weight], 0.1, skipped)
+    assert train.update(optimizers, 0.1, skipped).keys() == {"model_grad_norm"}
     assert not torch.equal(weight, before) and skipped.tolist() == [2, 0]
+    after = weight.detach().clone()
+    weight.grad, other.grad = torch.ones(3), torch.full((3,), float("nan"))
+    train.update(optimizers, 0.1, skipped)  # one that is not finite stops both
+    assert torch.equal(weight, after) and torch.equal(other, torch.ones(3)) and skipped.tolist() == [3, 1]
 
 
 def test_many_non_finite_steps_stop_the_run(images, tmp_path):
@@ -376,9 +422,15 @@ BAD = [  # what is said on the command line, what the sentence must name
     ("--tokens many", "many"),
     ("--preset b257", "b257"),
     ("--stage sit", "tokenizer.pt does not exist"),
-    ("--teacher {tmp}/none.pth", "none.pth"),
-    ("--teacher {tmp}/evil.pth", "pickled code"),
-    ("--teacher {tmp}/short.pth", "norm.bias"),
+    ("--teacher dinov3", "dinov3"),
+    ("--encoder_init dinov2_vitb14", "--encoder_init dinov2_vitb14"),
+    ("--adversarial_weight 1 --image_size 24", "multiple of 16"),
+    ("--weights {tmp}/nowhere", "--weights {tmp}/nowhere is not a folder"),
+    ("--perceptual_weight 1", "cannot fetch vgg16-397923af.pth from https://download.pytorch.org/"),
+    ("--teacher dinov2_vitb14", "--weights FOLDER"),
+    ("--teacher dinov2_vits14 --weights {tmp}/evil", "pickled code"),
+    ("--teacher dinov2_vits14 --weights {tmp}/short", "norm.bias is absent, expected (384,); its SHA-256 is"),
+    ("--teacher dinov2_vits14 --weights {tmp}/cut", "truncated"),
 ]
 
 
@@ -388,16 +440,16 @@ def test_bad_arguments_get_one_sentence(words, named, tmp_path, capsys, monkeypa
     monkeypatch.setattr(
         sys, "argv", ["train.py", *TINY.split(), "--out", str(tmp_path / "out"), *words.format(tmp=tmp_path).split()]
     )
-    if "evil" in words:
-        torch.save({"x": range(3)}, tmp_path / "evil.pth")
-    if "short" in words:
-        state = filled("dinov2_vits14_pretrain")
-        del state["norm.bias"]
-        torch.save(state, tmp_path / "short.pth")
+    state = filled("dinov2_vits14_pretrain") if "short" in words else {"x": torch.zeros(9)}
+    state.pop("norm.bias", None)
+    for name, content in (("evil", {"x": range(3)}), ("short", state), ("cut", state)):
+        (tmp_path / name).mkdir()
+        torch.save(content, tmp_path / name / data.OFFICIAL["dinov2_vits14"].file)
+    os.truncate(tmp_path / "cut" / data.OFFICIAL["dinov2_vits14"].file, 300)
     with pytest.raises(SystemExit) as stop:
         data.command_line(train.main)
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and named in message
+    assert stop.value.code == 2 and named.format(tmp=tmp_path) in message
     assert message.startswith("error: ") and message.count("\n") == 1
     assert not list(tmp_path.glob("out/*.pt"))
 
@@ -433,19 +485,19 @@ def copy_run(finished, tmp_path):
 
 
 @pytest.mark.parametrize("damage, words, named", [
-    ("", "--lr 0.5", "lr 0.002"),
+    ("", "--lr 0.5", "lr 0.0001"),
     ("", "--tokens 8", "tokens 4"),
     ("tokenizer.pt", "", "truncated"),
     ("latents.bin", "", "truncated"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
-    finished, images, tmp_path, damage, words, named, monkeypatch, capsys
+    finished, whole, tmp_path, damage, words, named, monkeypatch, capsys
 ):
     out = copy_run(finished, tmp_path)
     if damage:
         os.truncate(out / damage, os.path.getsize(out / damage) // 2)
     before = {name: (out / name).read_bytes() for name in os.listdir(out)}
-    arguments = f"{TINY} {TINY_STEPS} --data {images} --out {out} {words}".split()
+    arguments = f"{whole} --out {out} {words}".split()
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         data.command_line(train.main)
@@ -454,14 +506,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
 
 
-def test_a_stale_latent_cache_is_refused(finished, images, tmp_path, monkeypatch, capsys):
+def test_a_stale_latent_cache_is_refused(finished, whole, tmp_path, monkeypatch, capsys):
     out = copy_run(finished, tmp_path)
     saved = torch.load(out / "decoder.pt", weights_only=True)
     saved["ema"]["to_moments.bias"] += 1
     torch.save(saved, out / "decoder.pt")
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *f"{TINY} {TINY_STEPS} --data {images} --out {out} --stage sit".split()]
-    )
+    monkeypatch.setattr(sys, "argv", ["train.py", *f"{whole} --out {out} --stage sit".split()])
     with pytest.raises(SystemExit) as stop:
         data.command_line(train.main)
     assert stop.value.code == 2 and "another tokenizer" in capsys.readouterr().err
