@@ -3,9 +3,13 @@
     LPIPS              distance in VGG16 features, official weights
     DinoDiscriminator  light trained heads on a frozen DINO ViT-S/16; hinge_loss, diff_augment, consistency_loss, LeCam
     adaptive_weight    balances the adversarial gradient against the reconstruction's
+    PixelLosses        all of them together, in the proportions of a `Phase`
 
 There is no schedule here: train.py decides when a term counts. Images are (B, 3, H, W) in [-1, 1].
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from align import ViT
 from data import fill
+
+CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
+LECAM_WEIGHT = 0.001  # (paper B.1)
+MAX_ADAPTIVE_WEIGHT = 100.0  # (ours)
 
 
 class LPIPS(nn.Module):
@@ -223,3 +231,102 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, most: float) ->
     Both are gradients of the decoder's last layer, of the same shape.
     """
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=most)
+
+
+class Phase(NamedTuple):
+    """Which terms count at a step."""
+
+    perceptual: float  # weight of LPIPS
+    discriminate: bool  # whether the discriminator trains
+    adversarial: float  # weight of its gradient, before the adaptive one
+
+
+class Adversary(nn.Module):
+    """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1).
+
+    What a step measures over its whole global batch (mean logits, gradients of the decoder's last layer) takes effect in the
+    next one (ours): so neither accumulation nor the process count changes anything.
+    """
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        self.discriminator = DinoDiscriminator(vit)
+        self.lecam = LeCam()
+        self.register_buffer("weight", torch.zeros(()))
+        self.measured: dict[str, Tensor] = {}
+        self.requires_grad_(False)  # until it joins
+
+    def forward(self, pixels: Tensor, images: Tensor, u: Tensor, generate: bool) -> tuple[Tensor, Tensor | None, dict]:
+        """pixels, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (if `generate`), logs."""
+        side = images.shape[-1] // self.discriminator.frozen[0].patch_size
+        with torch.set_grad_enabled(generate):
+            features = self.discriminator.features(diff_augment(pixels, u[:, 0], strong=False))
+        with torch.no_grad():
+            views = [diff_augment(images, u[:, 1], strong=False)]
+            views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, pixels), (3, images))]
+            others = self.discriminator.features(torch.cat(views))
+        fake = self.discriminator.judge([level.detach() for level in features], side)
+        real, fake_strong, real_strong = self.discriminator.judge(others, side).chunk(3)
+        hinge = hinge_loss(real, fake)
+        consistency = consistency_loss(real, real_strong) + consistency_loss(fake, fake_strong)
+        lecam = self.lecam(real, fake)
+        logs = {"discriminator": hinge, "consistency": consistency, "lecam": lecam, "adaptive_weight": self.weight}
+        logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
+        loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
+        return loss, -self.discriminator.judge(features, side).mean() if generate else None, logs
+
+    def measure(self, name: str, value: Tensor) -> None:
+        self.measured[name] = self.measured.get(name, 0) + value
+
+    @torch.no_grad()
+    def finish_step(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Take in what was measured, unless it is not finite; `average` turns this process's sums into means over the batch."""
+        mean = {name: average(value) for name, value in self.measured.items()}
+        self.measured = {}
+        self.lecam.update(torch.where(mean["logits"].isfinite(), mean["logits"], self.lecam.ema))
+        if "adversarial" in mean:
+            weight = adaptive_weight(mean["reconstruction"], mean["adversarial"], MAX_ADAPTIVE_WEIGHT)
+            self.weight.copy_(torch.where(weight.isfinite(), weight, self.weight))
+        self.discriminator.refine_norms()
+
+
+class PixelLosses(nn.Module):
+    """The terms of eq. 7 that compare pixels: MSE, LPIPS and the adversarial one; and the discriminator's own loss."""
+
+    def __init__(self, lpips: LPIPS | None = None, vit: ViT | None = None):
+        super().__init__()
+        self.frozen = [lpips]  # in a list: not a submodule, so in no checkpoint
+        self.adversary = None if vit is None else Adversary(vit)
+
+    def forward(self, reconstruction: Tensor, images: Tensor, last_layer: nn.Parameter, phase: Phase, u: Tensor | None):
+        """reconstruction, images (b, 3, S, S), u (b, 4, DRAWS) -> loss, logs.
+
+        The gradient of each loss is taken at the pixels, so that every network is passed once; from there on the two are
+        added. The returned loss has the value of the decoder's terms, and also the gradient of the discriminator's loss.
+        """
+        pixels = reconstruction.detach().requires_grad_()
+        mse = F.mse_loss(pixels, images)
+        logs, value = {"mse": mse}, mse
+        if phase.perceptual:
+            logs["lpips"] = self.frozen[0](pixels, images).mean()
+            value = value + phase.perceptual * logs["lpips"]
+        (gradient,) = torch.autograd.grad(value, pixels)
+        if not phase.discriminate:
+            return with_gradient(value, (reconstruction * gradient).sum()), logs
+        judgement, adversarial, more = self.adversary(pixels, images, u, phase.adversarial > 0)
+        logs |= more
+        if adversarial is not None:
+            (against,) = torch.autograd.grad(adversarial, pixels)
+            for name, at_pixels in (("reconstruction", gradient), ("adversarial", against)):
+                (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
+                self.adversary.measure(name, at_layer)
+            weight = phase.adversarial * self.adversary.weight
+            logs["adversarial"] = adversarial
+            value, gradient = value + weight * adversarial, gradient + weight * against
+        return with_gradient(value, (reconstruction * gradient).sum() + judgement), logs
+
+
+def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one scalar with the gradient of another."""
+    return surrogate + (value - surrogate).detach()

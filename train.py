@@ -5,6 +5,9 @@
     python train.py --data imagenet/train --preset b256 --dry_run     # parameters, memory and time before starting
     torchrun --nproc_per_node=8 train.py --data imagenet/train --preset b256 --tokens 128 --out runs/b256
 
+All presets but toy train the whole objective, with official weights of DINOv2, DINO, VGG16 and LPIPS, fetched before the
+first step; without any: --teacher hog --encoder_init none --perceptual_weight 0 --adversarial_weight 0.
+
 Stages, each with its own checkpoint in --out, done in turn unless --stage picks one:
     tokenizer   encoder, bottleneck and decoder with masks and alignment   -> tokenizer.pt, masks.png
     decoder     the decoder alone, without masks                           -> decoder.pt, reconstructions.png
@@ -23,11 +26,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -40,8 +41,7 @@ from data import official_path, progress, replacing, save_checkpoint, split, spr
 from data import write_image, write_text
 from fid import batch_rows, frechet_distance, gather, inception_features, load_inception
 from fid import psnr, ssim, statistics
-from losses import DRAWS, LPIPS, DinoDiscriminator, LeCam
-from losses import adaptive_weight, consistency_loss, diff_augment, hinge_loss
+from losses import DRAWS, LPIPS, Adversary, Phase, PixelLosses, load_lpips
 from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, generate, label_of, reconstruct
 from sit import SiT, SiTBlock, drop_labels, flow_matching_loss
 from tokenizer import SIZES, Block, Tokenizer, load_dinov2
@@ -50,9 +50,6 @@ STAGES = ("tokenizer", "decoder", "latents", "sit")
 MASKS = ("mixed", "random", "semantic", "latent", "none")
 MAX_GRAD_NORM = 1.0  # (ours)
 MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run (ours)
-CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
-LECAM_WEIGHT = 0.001  # (paper B.1)
-MAX_ADAPTIVE_WEIGHT = 100.0  # (ours)
 
 
 def arg(default, help: str):
@@ -80,7 +77,7 @@ class Config:
     kl_weight: float = arg(1e-6, "of KL, summed over L and C (ours: 1e-6)")
     align_weight: float = arg(0.02, "of local + global alignment (ours: 0.1)")
     perceptual_weight: float = arg(0.0, "of LPIPS (ours: 1.0)")
-    perceptual_warmup: int = arg(200, "steps over which that weight grows to its value (paper: 10000)")
+    perceptual_warmup: int = arg(200, "steps over which that weight grows to its value (ours: 10000)")
     adversarial_weight: float = arg(0.0, "of the adversarial loss, times the adaptive weight (ours: 0.2)")
     discriminator_start: int = arg(400, "step at which the discriminator begins to train (ours: 20000)")
     discriminator_delay: int = arg(100, "steps that it trains before its gradient reaches the decoder (ours: 5000)")
@@ -247,10 +244,14 @@ def objective_text(config: Config) -> str:
     return " + ".join(terms) + (f"; off, for they need official weights: {', '.join(off)}" if off else "")
 
 
-def official(network: nn.Module, name: str, context: "Context") -> nn.Module:
-    """A network with its official weights; a dry run leaves it with random ones where the file is missing, and says so."""
-    path = official_path(name, context.config.weights)
-    return network if context.dry and not path.is_file() else fill(network, name, context.config.weights)
+def load_vit(name: str, context: "Context") -> ViT:
+    """The official ViT of that name; in a dry run with random weights where its file is missing."""
+    return ViT(name) if absent(context, name) else fill(ViT(name), name, context.config.weights)
+
+
+def absent(context: "Context", *names: str) -> bool:
+    """Whether this is a dry run that has to do without these official files."""
+    return context.dry and not all(official_path(name, context.config.weights).is_file() for name in names)
 
 
 def frozen(network: nn.Module, context: "Context") -> nn.Module:
@@ -266,32 +267,22 @@ def load_teacher(context: "Context") -> nn.Module:
     grid = config.image_size // config.patch_size
     if config.teacher == "hog":
         return HOG(grid)
-    return frozen(DINOv2(official(ViT(config.teacher), config.teacher, context), grid), context)
+    return frozen(DINOv2(load_vit(config.teacher, context), grid), context)
 
 
-def pixel_losses(context: "Context") -> "PixelLosses":
+def pixel_losses(context: "Context") -> PixelLosses:
     """With the networks that the configuration asks for."""
-    lpips = vit = None
-    if context.config.perceptual_weight:
-        lpips = LPIPS()
-        official(lpips.vgg, "vgg16", context)
-        official(lpips.linear, "lpips_vgg", context)
+    config, lpips, vit = context.config, None, None
+    if config.perceptual_weight:
+        lpips = LPIPS() if absent(context, "vgg16", "lpips_vgg") else load_lpips(config.weights)
         frozen(lpips, context)
-    if context.config.adversarial_weight:
-        vit = frozen(official(ViT("dino_vits16"), "dino_vits16", context), context)
+    if config.adversarial_weight:
+        vit = frozen(load_vit("dino_vits16", context), context)
     return PixelLosses(lpips, vit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained: modules whose forward gives a loss and named values to log
-
-
-class Phase(NamedTuple):
-    """Which terms count at a step."""
-
-    perceptual: float  # weight of LPIPS
-    discriminate: bool  # whether the discriminator trains
-    adversarial: float  # weight of its gradient, before the adaptive one
 
 
 def phase_at(config: Config, step: int) -> Phase:
@@ -300,97 +291,6 @@ def phase_at(config: Config, step: int) -> Phase:
     started = config.adversarial_weight > 0 and step >= config.discriminator_start
     joined = step >= config.discriminator_start + config.discriminator_delay
     return Phase(config.perceptual_weight * ramp, started, config.adversarial_weight * (started and joined))
-
-
-class Adversary(nn.Module):
-    """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1).
-
-    What a step measures over its whole global batch (mean logits, gradients of the decoder's last layer) takes effect in the
-    next one (ours): so neither accumulation nor the process count changes anything.
-    """
-
-    def __init__(self, vit: ViT):
-        super().__init__()
-        self.discriminator = DinoDiscriminator(vit)
-        self.lecam = LeCam()
-        self.register_buffer("weight", torch.zeros(()))
-        self.measured: dict[str, Tensor] = {}
-        self.requires_grad_(False)  # until it joins
-
-    def forward(self, pixels: Tensor, images: Tensor, u: Tensor, generate: bool) -> tuple[Tensor, Tensor | None, dict]:
-        """pixels, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (if `generate`), logs."""
-        side = images.shape[-1] // self.discriminator.frozen[0].patch_size
-        with torch.set_grad_enabled(generate):
-            features = self.discriminator.features(diff_augment(pixels, u[:, 0], strong=False))
-        with torch.no_grad():
-            views = [diff_augment(images, u[:, 1], strong=False)]
-            views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, pixels), (3, images))]
-            others = self.discriminator.features(torch.cat(views))
-        fake = self.discriminator.judge([level.detach() for level in features], side)
-        real, fake_strong, real_strong = self.discriminator.judge(others, side).chunk(3)
-        hinge = hinge_loss(real, fake)
-        consistency = consistency_loss(real, real_strong) + consistency_loss(fake, fake_strong)
-        lecam = self.lecam(real, fake)
-        logs = {"discriminator": hinge, "consistency": consistency, "lecam": lecam, "adaptive_weight": self.weight}
-        logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
-        self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
-        loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
-        return loss, -self.discriminator.judge(features, side).mean() if generate else None, logs
-
-    def measure(self, name: str, value: Tensor) -> None:
-        self.measured[name] = self.measured.get(name, 0) + value
-
-    @torch.no_grad()
-    def finish_step(self, processes: Processes, pieces: int) -> None:
-        """Take in what was measured in all pieces of all processes, unless it is not finite."""
-        mean = {name: processes.sum(value) / (pieces * processes.world) for name, value in self.measured.items()}
-        self.measured = {}
-        self.lecam.update(torch.where(mean["logits"].isfinite(), mean["logits"], self.lecam.ema))
-        if "adversarial" in mean:
-            weight = adaptive_weight(mean["reconstruction"], mean["adversarial"], MAX_ADAPTIVE_WEIGHT)
-            self.weight.copy_(torch.where(weight.isfinite(), weight, self.weight))
-        self.discriminator.refine_norms()
-
-
-class PixelLosses(nn.Module):
-    """The terms of eq. 7 that compare pixels: MSE, LPIPS and the adversarial one; and the discriminator's own loss."""
-
-    def __init__(self, lpips: LPIPS | None = None, vit: ViT | None = None):
-        super().__init__()
-        self.frozen = [lpips]  # in a list: not a submodule, so in no checkpoint
-        self.adversary = None if vit is None else Adversary(vit)
-
-    def forward(self, reconstruction: Tensor, images: Tensor, last_layer: nn.Parameter, phase: Phase, u: Tensor | None):
-        """reconstruction, images (b, 3, S, S), u (b, 4, DRAWS) -> loss, logs.
-
-        The gradient of each loss is taken at the pixels, so that every network is passed once; from there on the two are
-        added. The returned loss has the value of the decoder's terms, and also the gradient of the discriminator's loss.
-        """
-        pixels = reconstruction.detach().requires_grad_()
-        mse = F.mse_loss(pixels, images)
-        logs, value = {"mse": mse}, mse
-        if phase.perceptual:
-            logs["lpips"] = self.frozen[0](pixels, images).mean()
-            value = value + phase.perceptual * logs["lpips"]
-        (gradient,) = torch.autograd.grad(value, pixels)
-        if not phase.discriminate:
-            return with_gradient(value, (reconstruction * gradient).sum()), logs
-        judgement, adversarial, more = self.adversary(pixels, images, u, phase.adversarial > 0)
-        logs |= more
-        if adversarial is not None:
-            (against,) = torch.autograd.grad(adversarial, pixels)
-            for name, at_pixels in (("reconstruction", gradient), ("adversarial", against)):
-                (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
-                self.adversary.measure(name, at_layer)
-            weight = phase.adversarial * self.adversary.weight
-            logs["adversarial"] = adversarial
-            value, gradient = value + weight * adversarial, gradient + weight * against
-        return with_gradient(value, (reconstruction * gradient).sum() + judgement), logs
-
-
-def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The value of one scalar with the gradient of another."""
-    return surrogate + (value - surrogate).detach()
 
 
 class TokenizerObjective(nn.Module):
@@ -550,7 +450,7 @@ def fit(job: Job, context: Context) -> nn.Module:
             norms = update(optimizers, job.lr(step), skipped)
             update_ema(ema, job.model, min(config.ema_decay, (1 + step) / (10 + step)))
             if job.adversary and step >= job.joins:
-                job.adversary.finish_step(processes, len(pieces))
+                job.adversary.finish_step(lambda total: processes.sum(total) / (len(pieces) * processes.world))
             meter.add(norms, 1)
             done = step + 1
             if done % config.log_every == 0 or done == job.steps:
@@ -874,7 +774,7 @@ def tokenizer_job(context: Context) -> Job:
     config = context.config
     tokenizer, teacher, pixel = build_tokenizer(asdict(config)), load_teacher(context), pixel_losses(context)
     if config.encoder_init != "none" and not context.path("tokenizer.pt").exists():
-        load_dinov2(tokenizer.encoder, official(ViT(config.encoder_init), config.encoder_init, context).state_dict())
+        load_dinov2(tokenizer.encoder, load_vit(config.encoder_init, context).state_dict())
 
     def inputs(batch: tuple, local: slice, rows: slice, step: int, generator: torch.Generator) -> tuple:
         images, noise = images_and_noise(context, batch, local, rows, generator)

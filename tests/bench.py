@@ -30,8 +30,8 @@ from fid import InceptionV3, frechet_distance, inception_features, load_inceptio
 from masking import mask_ratio, random_mask
 from sample import build_tokenizer
 from sit import SiT, sample, seeded_noise
-from losses import DRAWS
-from train import Context, Phase, SiTObjective, TokenizerObjective, autocast, compile_blocks, load_teacher, parse_config
+from losses import DRAWS, Phase
+from train import Context, SiTObjective, TokenizerObjective, autocast, compile_blocks, load_teacher, parse_config
 from train import peak_memory, pixel_losses, synchronize, update
 
 

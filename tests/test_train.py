@@ -16,6 +16,7 @@ from PIL import Image
 from reference import ENV, ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, official_folder, succeed
 
 import data
+import losses
 import train
 
 PROCESS_COUNT_TOLERANCE = 1e-5
@@ -92,7 +93,7 @@ def test_a_run_leaves_what_it_promises(finished):
     expected += " kl_per_token active_units latent_std model_grad_norm discriminator_grad_norm lr images_per_second"
     assert set(expected.split()) <= line.keys() and line["step"] == 20 and line["skipped_steps"] == 0
     assert all(np.isfinite(value) for value in line.values() if not isinstance(value, str))
-    assert 0 < line["adaptive_weight"] <= train.MAX_ADAPTIVE_WEIGHT
+    assert 0 < line["adaptive_weight"] <= losses.MAX_ADAPTIVE_WEIGHT
     assert "adversarial" in log_lines(finished, "decoder")[0]  # the discriminator goes on from stage tokenizer
     assert "1 LPIPS" in result["objective"] and "0.2 adversarial (from step 8)" in result["objective"]
     assert len(result["weights"]) == 3 and all(len(sha256) == 64 for sha256 in result["weights"].values())
