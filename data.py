@@ -555,7 +555,8 @@ def download(official: Official, path: Path) -> None:
     """Fetch a file, whole and with the right hash, or not at all; a later call starts anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    mine = path.with_name(f"{path.name}.{os.getpid()}")  # another run may be fetching the same file
+    with replacing(mine) as temporary, open(temporary, "wb") as file:
         for chunk in chunks(official):
             file.write(chunk)
             digest.update(chunk)
@@ -563,6 +564,7 @@ def download(official: Official, path: Path) -> None:
             raise UserError(
                 f"{official.url} gave a file with SHA-256 {digest.hexdigest()}, expected {official.sha256}; nothing was kept"
             )
+    os.replace(mine, path)
 
 
 def chunks(official: Official) -> Iterator[bytes]:
