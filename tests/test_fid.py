@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ARRAYS, ENV, FID_ARRAYS, array, command, filled, low_rank_features, make_folder, succeed
+from reference import ARRAYS, ENV, FID_ARRAYS, ROOT, array, command, filled, low_rank_features, make_folder
 
 import fid
 import sample
@@ -266,20 +266,6 @@ def run(*words):
     fid.main([word for text in words for word in str(text).split()])
 
 
-def test_gfid_depends_neither_on_the_batch_size_nor_on_the_process_count(samples, weights, tmp_path):
-    cards = []
-    for name, batch, processes in (("a", 50, 1), ("b", 2, 2)):
-        words = f"gfid {samples}/images.npz {samples}/folder --weights {weights} --batch_size {batch}"
-        done = succeed("fid.py", words, f"--card {tmp_path}/{name}.json", processes=processes)
-        cards.append(read(tmp_path / f"{name}.json"))
-        assert "warning" in done.stderr and "too few for a full-rank covariance" in done.stderr
-    a, b = cards
-    for name in ("fid", "inception_score", "precision", "recall"):
-        assert a["values"][name]["value"] == pytest.approx(b["values"][name]["value"], rel=1e-9)
-    assert a["N"] == b["N"] == 9 and a["reference"] == b["reference"] and a["samples"] == b["samples"]
-    assert a["reference"]["N"] == 8 and a["sampler"] == {"guidance": 2.0} and a["protocol"]["resize"] == "tf1"
-
-
 def test_stats_stand_for_their_images_and_cards_are_compared(samples, weights, tmp_path, capsys):
     flags = f"--weights {weights}"
     run(f"stats {samples}/folder {tmp_path}/stats.npz", flags)
@@ -370,8 +356,8 @@ def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
     for words, named in (("gfod a b", "invalid choice"), ("gfid a b --weight x", "did you mean --weights")):
         with pytest.raises(UserError, match=named):
             run(words)
-    with pytest.raises(UserError, match="--batch_size is 0"):
-        run("gfid a b --batch_size 0")
+    with pytest.raises(UserError, match="--seed is -1"):
+        run("rfid a --seed -1")
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UserError, match="not a result card"):
         run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
@@ -397,25 +383,54 @@ def tiny_run(tmp_path_factory):
     return root
 
 
-def test_rfid_of_held_out_images_does_not_depend_on_the_batch_size(tiny_run, weights, tmp_path):
-    cards = []
-    for batch in (1, 50):
-        words = f"rfid {tiny_run} --data {tiny_run}/images --held_out --weights {weights} --card {tmp_path}/x.json"
-        run(words, f"--batch_size {batch}")
-        cards.append(read(tmp_path / "x.json"))
-    a, b = cards
-    assert set(a["values"]) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
-    assert a["N"] == 2 and a["reference"] == b["reference"]
-    for name, number in a["values"].items():
-        assert number["value"] == pytest.approx(b["values"][name]["value"], rel=1e-6)  # uint8 reconstructions may round
-    assert a["values"]["rfid_mean"] != a["values"]["rfid_sampled"]
+def measure_everything(samples, run_folder, weights, out):
+    """The words of each command that has a figure, and its card or statistics in `out`."""
+    flags = f"--weights {weights} --card {out}"
+    return (
+        f"gfid {samples}/images.npz {samples}/folder {flags}/gfid.json",
+        f"rfid {run_folder} --data {run_folder}/images {flags}/rfid.json",
+        f"probe {run_folder} --data {run_folder}/images --card {out}/probe.json",
+        f"stats {samples}/images.npz {out}/stats.npz --weights {weights}",
+    )
 
 
-def test_probe_is_reproducible_and_needs_classes(tiny_run, tmp_path):
-    for name, batch in (("a", 5), ("b", 50)):
-        run(f"probe {tiny_run} --data {tiny_run}/images --batch_size {batch} --card {tmp_path}/{name}.json")
-    a, b = (read(tmp_path / f"{name}.json") for name in "ab")
-    assert a["values"] == b["values"] and a["N"] == 2 and a["protocol"]["train"] == 22
+def test_no_figure_depends_on_the_process_count(samples, tiny_run, weights, tmp_path):
+    """Batches of 4, so that both processes have several, and the last one is not full."""
+    script = tmp_path / "batches_of_4.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport fid\nfid.BATCH = 4\n"
+        "fid.command_line(lambda commands: [fid.main(words.split()) for words in commands])\n"
+    )
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        words = measure_everything(samples, tiny_run, weights, out)
+        done = subprocess.run([*command(script, processes=processes), *words], capture_output=True, text=True, env=ENV)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "warning" in done.stderr and "too few for a full-rank covariance" in done.stderr
+    for name in ("gfid", "rfid", "probe"):
+        a, b = (read(tmp_path / processes / f"{name}.json") for processes in "12")
+        assert a.pop("seconds") and b.pop("seconds")
+        for key, number in a.pop("values").items():
+            assert b["values"][key] == pytest.approx(number, rel=1e-9), (name, key)
+        del b["values"]
+        assert a == b
+    a, b = (np.load(tmp_path / processes / "stats.npz") for processes in "12")
+    np.testing.assert_allclose(a["mu"], b["mu"], rtol=1e-9)
+    np.testing.assert_allclose(a["sigma"], b["sigma"], rtol=1e-9, atol=1e-9 * a["sigma"].max())
+    assert a["hash"] == b["hash"]
+    card = read(tmp_path / "1" / "gfid.json")
+    assert set(card["values"]) == {"fid", "inception_score", "precision", "recall"} and card["N"] == 9
+    assert card["reference"]["N"] == 8 and card["sampler"] == {"guidance": 2.0} and card["protocol"]["resize"] == "tf1"
+    values = read(tmp_path / "1" / "rfid.json")["values"]
+    assert set(values) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
+    assert values["rfid_mean"] != values["rfid_sampled"]
+
+
+def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path):
+    run(f"probe {tiny_run} --data {tiny_run}/images --card {tmp_path}/a.json")
+    card = read(tmp_path / "a.json")
+    assert card["N"] == 2 and card["protocol"]["train"] == 22
     with pytest.raises(UserError, match="12 images in 0 classes"):
         run(f"probe {tiny_run} --data {tiny_run}/images/class0")
 
