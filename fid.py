@@ -4,7 +4,7 @@
     python fid.py rfid out --data imagenet/val            # reconstructions against the very crops that were encoded
     python fid.py probe out --data imagenet/val           # linear probe on the latents
     python fid.py stats imagenet/train train.npz          # mean and covariance, for gfid
-    python fid.py compare a.gfid.json b.gfid.json         # are these two results comparable, and if not, why
+    python fid.py compare a.gfid.json b.gfid.json ...     # one table; are they comparable, and if not, why
     torchrun --nproc_per_node=8 fid.py gfid ...           # the same figure, for any process count
 
 Images go in as uint8 of one size, and through the official Inception file of FID, resized as TensorFlow 1 did (what ADM's
@@ -19,6 +19,7 @@ import math
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -435,7 +436,10 @@ class ImageSet:
                 for part in rows:
                     yield torch.stack(list(pool.map(read_exactly, [self.files[i] for i in part])))
         elif rows:
-            yield from self.archived(rows)
+            try:
+                yield from self.archived(rows)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise OSError(f"{self.path} is damaged: {error}") from error
 
     def archived(self, rows: list[range]) -> Iterator[Tensor]:
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
@@ -445,7 +449,7 @@ class ImageSet:
             for part in rows:
                 pixels = file.read(len(part) * size)
                 if len(pixels) < len(part) * size:
-                    raise OSError(f"{self.path} is truncated")
+                    raise EOFError("arr_0 is truncated")
                 images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
                 yield images.view(len(part), *self.shape[1:], 3).permute(0, 3, 1, 2).contiguous()
 
@@ -515,7 +519,7 @@ def open_npz(path: str) -> ImageSet:
                 found, fortran, dtype = array_header(file)
             if dtype.hasobject:
                 raise ValueError("pickled array arr_0")
-            if dtype != np.uint8 or len(found) != 4 or found[3] != 3 or fortran or not found[0]:
+            if dtype != np.uint8 or len(found) != 4 or found[3] != 3 or fortran or not all(found):
                 raise UserError(f"{path}: arr_0 is {dtype} {found}; images must be uint8 (N, H, W, 3), values 0 to 255")
             shape = found[:3]
     if {"mu", "sigma"} <= set(names):
@@ -523,17 +527,21 @@ def open_npz(path: str) -> ImageSet:
             stored = {
                 name: arrays[name] for name in ("mu", "sigma", "N", "hash", "resize", "weights") if name in arrays
             }
-        check_statistics(path, stored["mu"], stored["sigma"])
+        check_statistics(path, **stored)
     if not shape and not stored:
         raise UserError(f"{path} has neither arr_0 nor mu and sigma, but {', '.join(names) or 'nothing'}")
     return ImageSet(path, shape, [], stored)
 
 
-def check_statistics(path: str, mean: np.ndarray, cov: np.ndarray) -> None:
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise UserError(f"{path}: mu is {mean.shape} and sigma {cov.shape}; they must be (D,) and (D, D)")
-    if mean.dtype.kind != "f" or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+def check_statistics(path: str, mu: np.ndarray, sigma: np.ndarray, **recorded: np.ndarray) -> None:
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; they must be (D,) and (D, D)")
+    if {mu.dtype.kind, sigma.dtype.kind} != {"f"} or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: mu and sigma must be finite floating-point numbers")
+    if not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
+        raise UserError(f"{path}: sigma is no covariance: it is not symmetric, or has negative variances")
+    if any(value.ndim for value in recorded.values()) or recorded.get("N", np.int64()).dtype.kind not in "iu":
+        raise UserError(f"{path}: what stands beside mu and sigma must be single values, and N a whole number")
 
 
 def batch_rows(count: int, batch: int, processes: Processes) -> list[range]:
@@ -628,7 +636,7 @@ FLAGS = {
 def parse(command: str, places: str, flags: str, arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog=f"fid.py {command}", description=__doc__)
     for name in places.split():
-        parser.add_argument(name)
+        parser.add_argument(name.rstrip("+"), nargs="+" if name.endswith("+") else None)
     for name in flags.split():
         parser.add_argument(f"--{name}", **FLAGS[name])
     parser.set_defaults(batch_size=BATCH)
@@ -710,13 +718,20 @@ def read_card(path: str) -> dict:
     return card
 
 
+def shown(number: dict | None) -> str:
+    """A value of a card, with its spread."""
+    if number is None:
+        return "-"
+    value, spread = (number.get(key) for key in ("value", "spread"))
+    return "infinite" if value is None else f"{value:.4f}" + ("" if spread is None else f" +- {spread:.4f}")
+
+
 def finish(card: dict, begun: float, path: str | Path) -> None:
     """Print the table and write the card."""
     card["seconds"] = round(time.perf_counter() - begun, 1)
     print(f"{card['command']}: {card['N']} images, reference {card['reference']['path']} ({card['reference']['N']})")
     for name, number in card["values"].items():
-        spread_text = f" +- {number['spread']:.4f}" if number.get("spread") is not None else ""
-        print(f"  {name:24}" + ("infinite" if number["value"] is None else f"{number['value']:.4f}{spread_text}"))
+        print(f"  {name:24}{shown(number)}")
     write_text(json.dumps(card, indent=1), path)
     print(f"wrote {path}")
 
@@ -869,36 +884,47 @@ def probe(arguments: list[str]) -> None:
     finish(card | {"run": args.run}, begun, args.card or Path(args.run) / "probe.json")
 
 
+CARD = {"command": str, "N": int | None, "values": dict, "reference": dict, "protocol": dict, "sampler": dict | None}
+
+
+def read_result(path: str) -> dict:
+    card = read_card(path)
+    sound = all(isinstance(card.get(name), kind) for name, kind in CARD.items())
+    if not sound or not all(isinstance(number, dict) for number in card["values"].values()):
+        raise UserError(f"{path} is not a result card of fid.py")
+    return card
+
+
 def differences(a: dict, b: dict) -> list[str]:
     """Why two cards are not comparable; nothing to say when they are."""
-    facts = [
-        {"command": c["command"], "N": c["N"], "reference": c["reference"]["hash"], **c["protocol"]} for c in (a, b)
-    ]
-    keys = facts[0] | facts[1]
-    return [
-        f"{key} is {facts[0].get(key)} and {facts[1].get(key)}"
-        for key in keys
-        if facts[0].get(key) != facts[1].get(key)
-    ]
+    first, second = (
+        {"command": card["command"], "N": card["N"], "reference": card["reference"].get("hash"), **card["protocol"]}
+        for card in (a, b)
+    )
+    keys = [key for key in first | second if first.get(key) != second.get(key)]
+    return [f"{key} is {str(first.get(key))[:16]} and {str(second.get(key))[:16]}" for key in keys]
 
 
 def compare(arguments: list[str]) -> None:
-    """Say whether two result cards are comparable, and print them side by side."""
-    args = parse("compare", "a b", "", arguments)
-    cards = read_card(args.a), read_card(args.b)
-    for path, card in zip((args.a, args.b), cards):
-        if not {"command", "values", "N", "reference", "protocol"} <= card.keys():
-            raise UserError(f"{path} is not a result card of fid.py")
-    a, b = cards
-    for name in a["values"] | b["values"]:
-        numbers = [card["values"].get(name, {}).get("value") for card in cards]
-        print(f"  {name:24}" + "".join(f"{'-' if x is None else format(x, '.4f'):>14}" for x in numbers))
-    settings = [card.get("sampler") or {} for card in cards]
-    for name in settings[0] | settings[1]:
-        if settings[0].get(name) != settings[1].get(name):
-            print(f"  {name:24}{settings[0].get(name)!s:>14}{settings[1].get(name)!s:>14}")
-    reasons = differences(a, b)
-    print("not comparable: " + "; ".join(reasons) if reasons else "comparable: same protocol, count and reference")
+    """Any number of result cards in one table, a column each; and which are not comparable with the first, and why."""
+    args = parse("compare", "cards+", "", arguments)
+    cards, names = [read_result(path) for path in args.cards], [Path(path).stem for path in args.cards]
+    samplers, values = [card.get("sampler") or {} for card in cards], [card["values"] for card in cards]
+    rows = [["", *names]]
+    for key in dict.fromkeys(key for sampler in samplers for key in sampler):
+        cells = [str(sampler.get(key, "-")) for sampler in samplers]
+        rows += [[key, *cells]] if len(set(cells)) > 1 else []
+    for key in dict.fromkeys(key for numbers in values for key in numbers):
+        rows.append([key, *(shown(numbers.get(key)) for numbers in values)])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for label, *cells in rows:
+        print("  ".join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
+    reasons = {path: differences(cards[0], card) for path, card in zip(args.cards, cards)}
+    for path, found in reasons.items():
+        if found:
+            print(f"{path} is not comparable with {args.cards[0]}: {'; '.join(found)}")
+    if not any(reasons.values()):
+        print("comparable: same protocol, count and reference")
 
 
 COMMANDS = {"gfid": gfid, "rfid": rfid, "probe": probe, "stats": stats, "compare": compare}

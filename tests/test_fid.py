@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from reference import ARRAYS, ENV, FID_ARRAYS, ROOT, array, command, filled, low_rank_features, make_folder
 
+import data
 import fid
 import sample
 from data import UserError, save_checkpoint
@@ -298,14 +301,37 @@ def test_stats_stand_for_their_images_and_cards_are_compared(samples, weights, t
     assert set(a["values"]) == {"fid", "inception_score"} and set(c["values"]) == {"fid"}
     assert abs(b["values"]["fid"]["value"]) < 1e-6 and abs(c["values"]["fid"]["value"]) < 1e-6
     assert a["reference"]["hash"] == b["reference"]["hash"] == b["samples"]["hash"]
-    capsys.readouterr()
+    assert "9 images are too few for a full-rank covariance of 2048 dimensions" in capsys.readouterr().err
     run(f"compare {tmp_path}/a.json {tmp_path}/a.json")
     assert "comparable: same protocol" in capsys.readouterr().out
     run(f"compare {tmp_path}/a.json {tmp_path}/b.json")
-    said = capsys.readouterr().out
-    assert "not comparable: N is 9 and 8" in said and "guidance" in said
+    assert f"{tmp_path}/b.json is not comparable with {tmp_path}/a.json: N is 9 and 8" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with resize tf1, not pytorch-fid"):
         run(f"gfid {samples}/images.npz {tmp_path}/stats.npz --resize pytorch-fid", flags)
+
+
+def test_any_number_of_cards_makes_one_table(tmp_path, capsys):
+    for guidance in (1, 1.5, 2):
+        card = {"command": "gfid", "N": 5, "reference": {"hash": "x"}, "protocol": {"k": 3}}
+        card["values"] = {"fid": {"value": 10 * guidance, "spread": 0.25}, "psnr": {"value": None, "spread": None}}
+        card["sampler"] = {"guidance": guidance, "steps": 250}
+        if guidance == 2:
+            card |= {"N": 6, "values": {}}
+        (tmp_path / f"{guidance}.gfid.json").write_text(json.dumps(card))
+    cards = [f"{tmp_path}/{guidance}.gfid.json" for guidance in (1, 1.5, 2)]
+    run("compare", *cards[:2])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
+        ["1.gfid", "1.5.gfid"],
+        ["guidance", "1", "1.5"],
+        ["fid", "10.0000 +- 0.2500", "15.0000 +- 0.2500"],
+        ["psnr", "infinite", "infinite"],
+        ["comparable: same protocol, count and reference"],
+    ]
+    run("compare", *cards)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["guidance", "1", "1.5", "2"] and said[2].split()[-1] == "-"
+    assert said[-1] == f"{cards[2]} is not comparable with {cards[0]}: N is 5 and 6"
 
 
 def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tmp_path):
@@ -314,6 +340,21 @@ def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tm
     np.savez(tmp_path / "adm.npz", np.load(samples / "images.npz")["arr_0"], **moments)
     images = fid.open_images(str(tmp_path / "adm.npz"))
     assert images.shape == (9, 24, 20) and set(images.stored) == {"mu", "sigma"}
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Gives a function: words of a command that must fail as the shell shows it -> what it wrote on stderr."""
+
+    def call(words):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *words.split()])
+        with pytest.raises(SystemExit) as stop:
+            data.command_line(fid.main)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.splitlines()[-1].startswith("error: ")
+        return said
+
+    return call
 
 
 def bad_npz(**arrays):
@@ -342,6 +383,10 @@ MOMENTS = {"mu": np.zeros(4), "sigma": np.eye(4)}
     (bad_npz(mu=np.array([{}]), sigma=np.eye(4)), "pickled objects, which are never loaded"),
     (bad_npz(mu=np.zeros(4), sigma=np.eye(5)), r"mu is \(4,\) and sigma \(5, 5\)"),
     (bad_npz(mu=np.full(4, np.nan), sigma=np.eye(4)), "finite"),
+    (bad_npz(mu=np.zeros(4), sigma=np.full((4, 4), np.nan)), "finite"),
+    (bad_npz(mu=np.zeros(0), sigma=np.zeros((0, 0))), r"mu is \(0,\)"),
+    (bad_npz(mu=np.zeros(4), sigma=np.triu(np.ones((4, 4)))), "not symmetric"),
+    (bad_npz(mu=np.zeros(4), sigma=np.eye(4), N=np.arange(2)), "N a whole number"),
     (bad_npz(mu=np.zeros(3), sigma=np.eye(3)), "3 and of 4 dimensions cannot be compared"),
     (bad_npz(other=np.zeros(3)), "neither arr_0 nor mu and sigma, but other"),
     (lambda path: path.write_text("hello"), "not a sound .npz"),
@@ -350,23 +395,23 @@ MOMENTS = {"mu": np.zeros(4), "sigma": np.eye(4)}
     (mixed_folder, "20 x 20 px .* and of 21 x 21 px"),
     (float_folder, "type F; metrics are defined on 8-bit"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, make, named):
+def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, refusal, make, named):
     path = tmp_path / "bad.npz"
     make(path)
     np.savez(tmp_path / "good.npz", **MOMENTS)
-    with pytest.raises(UserError, match=named):
-        run(f"gfid {path} {tmp_path}/good.npz")
+    said = refusal(f"gfid {path} {tmp_path}/good.npz")
+    assert said.count("\n") == 1 and re.search(named, said)
 
 
-def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path):
+def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path, refusal):
     state = torch.load(weights)
     state["Mixed_7c.branch1x1.bn.bias"] = torch.full((320,), torch.nan)
     torch.save(state, tmp_path / "nan.pth")
     np.savez(tmp_path / "four.npz", **MOMENTS)
-    with pytest.raises(UserError, match="feature values are not finite"):
-        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}/nan.pth")
-    with pytest.raises(UserError, match="2048 and of 4 dimensions"):
-        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
+    said = refusal(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}/nan.pth")
+    assert "feature values are not finite" in said
+    said = refusal(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
+    assert "2048 and of 4 dimensions" in said
 
 
 def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
@@ -379,9 +424,10 @@ def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
             run(words)
     with pytest.raises(UserError, match="--seed is -1"):
         run("rfid a --seed -1")
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(UserError, match="not a result card"):
-        run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
+    for text in ("[]", '{"command": "gfid", "N": 3, "values": {"fid": 3}, "reference": {}, "protocol": {}}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError, match="not a result card"):
+            run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
 
 
 @pytest.fixture(scope="session")
@@ -470,6 +516,14 @@ def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path):
     assert card["N"] == 2 and card["protocol"]["train"] == 22
     with pytest.raises(UserError, match="12 images in 0 classes"):
         run(f"probe {tiny_run} --data {tiny_run}/images/class0")
+
+
+def test_a_damaged_archive_is_named(samples, weights, tmp_path, refusal):
+    content = bytearray((samples / "images.npz").read_bytes())
+    content[3000] ^= 255
+    (tmp_path / "bad.npz").write_bytes(content)
+    said = refusal(f"gfid {tmp_path}/bad.npz {samples}/folder --weights {weights}")
+    assert "bad.npz is damaged: Bad CRC-32" in said
 
 
 def test_a_damaged_image_stops_the_count(tiny_run, weights, tmp_path):
