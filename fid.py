@@ -146,20 +146,14 @@ class InceptionV3(nn.Module):
             channels = block.out
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x (B, 3, 299, 299) from `inception_input` -> spatial means {64, 192, 768, 2048: (B, that many)}; FID uses 2048."""
-        levels = {}
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, 299, 299) from `inception_input` -> pool3 (B, 2048), the features of FID."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)
-        levels[64] = x.mean(dim=(2, 3))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2)
-        levels[192] = x.mean(dim=(2, 3))
         for name in BLOCKS:
             x = getattr(self, name)(x)
-            if name in ("Mixed_6e", "Mixed_7c"):
-                levels[x.shape[1]] = x.mean(dim=(2, 3))
-        return levels
+        return x.mean(dim=(2, 3))
 
     def logits(self, pool3: Tensor) -> Tensor:
         """pool3 (B, 2048) -> (B, 1008), without the bias, as the Inception Score is computed; in the dtype of pool3."""
@@ -226,7 +220,7 @@ def load_inception(path: str | Path, device: torch.device) -> InceptionV3:
 def inception_features(model: InceptionV3, images: Tensor, resize: str = "tf1") -> Tensor:
     """images uint8 (B, 3, H, W) -> pool3 float32 (B, 2048), on the CPU."""
     x = inception_input(images.to(model.fc.weight.device), resize)
-    return model(x.contiguous(memory_format=torch.channels_last))[2048].cpu()
+    return model(x.contiguous(memory_format=torch.channels_last)).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,9 +266,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 255.0) -> Tensor:
 
 def check_pair(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(
-            f"two batches (B, C, H, W) of the same shape are needed, not {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"images must be two batches of the same shape, not {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def statistics(features: np.ndarray | Tensor, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -316,19 +308,17 @@ def matrix_root(cov: np.ndarray) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def frechet_spread(
-    features: Tensor, mean: np.ndarray, cov: np.ndarray, halves: int = 10, seed: int = 0
-) -> float | None:
+def frechet_spread(features: Tensor, mean: np.ndarray, cov: np.ndarray, seed: int = 0) -> float | None:
     """By how much the Frechet distance of features (N, D) to mean and cov varies with the N samples drawn, float64.
 
-    The standard deviation over random halves of the rows (delete-half jackknife, Shao and Wu 1989), itself known to a
+    The standard deviation over 10 random halves of the rows (delete-half jackknife, Shao and Wu 1989), itself known to a
     quarter; None under 4 rows. Halves are farther away than all rows, so their mean says nothing; and the spread of bootstrap
     resamples is several times too wide where N is not far above D. What `cov` itself owes to chance is not in it.
     """
     if len(features) < 4:
         return None
     rng, distances, root = np.random.default_rng(seed), [], matrix_root(cov).to(features.device)
-    for _ in range(halves):
+    for _ in range(10):
         half = features[torch.from_numpy(rng.permutation(len(features))[: len(features) // 2])].double()
         shift = half.mean(dim=0)
         half = (half - shift) / math.sqrt(len(half) - 1)
@@ -491,23 +481,20 @@ def open_folder(path: str) -> ImageSet:
     for file in files:
         try:
             with Image.open(file) as image:
-                size, mode = upright_size(image), image.mode
+                rotated, mode = image.getexif().get(0x0112, 1) >= 5, image.mode
+                size = image.size[::-1] if rotated else image.size  # as `read_image` will turn it
         except Exception as error:
             raise UserError(f"{file} cannot be read: {error}") from error
         if mode[0] in "FI":
             raise UserError(f"{file} has pixels of type {mode}; metrics are defined on 8-bit images")
         first = first or size
         if size != first:
-            sizes = [f"{width} x {height}" for width, height in (first, size)]
-            raise UserError(
-                f"{path} has images of {sizes[0]} px ({files[0]}) and of {sizes[1]} px ({file}); crop them alike"
-            )
+            sizes = [f"{width} x {height} px" for width, height in (first, size)]
+            raise UserError(f"crop images alike: {files[0]} has {sizes[0]} and {file} {sizes[1]}")
     return ImageSet(path, (len(files), first[1], first[0]), files, {})
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, which `read_image` applies."""
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+STORED = ("mu", "sigma", "N", "hash", "resize", "weights")
 
 
 def open_npz(path: str) -> ImageSet:
@@ -524,9 +511,7 @@ def open_npz(path: str) -> ImageSet:
             shape = found[:3]
     if {"mu", "sigma"} <= set(names):
         with np.load(path, allow_pickle=False) as arrays:
-            stored = {
-                name: arrays[name] for name in ("mu", "sigma", "N", "hash", "resize", "weights") if name in arrays
-            }
+            stored = {name: arrays[name] for name in STORED if name in arrays}
         check_statistics(path, **stored)
     if not shape and not stored:
         raise UserError(f"{path} has neither arr_0 nor mu and sigma, but {', '.join(names) or 'nothing'}")
@@ -563,9 +548,8 @@ def gather(parts: Iterator[dict[str, Tensor]], processes: Processes) -> dict[str
 
 def digests(images: Tensor) -> Tensor:
     """uint8 (b, ...) -> SHA-256 of each image's bytes, uint8 (b, 32)."""
-    return torch.stack(
-        [torch.tensor(list(hashlib.sha256(image.numpy().tobytes()).digest())) for image in images]
-    ).byte()
+    joined = b"".join(hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(len(images), 32)
 
 
 def set_hash(digest: Tensor) -> str:
@@ -619,15 +603,8 @@ FLAGS = {
     "weights": {"default": "", "metavar": "FILE", "help": f"{WEIGHTS} (default: in torch hub's cache)"},
     "resize": {"default": "tf1", "choices": ["tf1", "pytorch-fid"], "help": "convention (default: tf1, as ADM)"},
     "is_parts": {"default": "adm", "choices": ["adm", "torch-fidelity"], "help": "parts of the Inception Score"},
-    "card": {
-        "default": "",
-        "metavar": "FILE",
-        "help": "the result card to write (default: beside the samples, or in the run)",
-    },
-    "data": {
-        "default": "shapes",
-        "help": 'folder of images, all of them are used (default: "shapes", the built-in ones)',
-    },
+    "card": {"default": "", "metavar": "FILE", "help": "result to write (default: beside the samples, or in the run)"},
+    "data": {"default": "shapes", "help": 'folder of images, all are used (default: "shapes", the built-in ones)'},
     "held_out": {"action": "store_true", "help": "only the images that training on this folder held out"},
     "seed": {"type": int, "default": 0, "help": "of the sampled latents"},
 }
@@ -654,26 +631,18 @@ def start() -> Processes:
     return processes
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two sets of a comparison: statistics, features (None where only statistics are stored), its card entry."""
-
-    statistics: tuple[np.ndarray, np.ndarray]
-    features: Tensor | None
-    record: dict
-
-
 def check_stored(images: ImageSet, protocol: dict) -> None:
     """UserError where statistics were recorded under another convention or with other weights."""
     for name in protocol.keys() & images.stored.keys():
         if str(images.stored[name]) != protocol[name]:
-            raise UserError(
-                f"{images.path} was made with {name} {images.stored[name]}, not {protocol[name]}; make it again"
-            )
+            raise UserError(f"{images.path} was made with {name} {images.stored[name]}, not {protocol[name]}")
 
 
-def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes) -> Side | None:
-    """Features and statistics of a set, on the first process; stored statistics come before those of its images, as in ADM."""
+def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes) -> tuple | None:
+    """A set's (mean, covariance), features or None, and card entry, on the first process.
+
+    Stored statistics come before those of its images, as in ADM.
+    """
     found = evaluator.all_features(images) if images.shape else {}
     if not processes.first:
         return None
@@ -685,10 +654,14 @@ def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes)
     else:
         with as_user_error(f"{images.path}: "):
             pair, sha256 = statistics(found["features"]), set_hash(found["digests"])
-        if count <= len(pair[0]):
-            text = f"are too few for a full-rank covariance of {len(pair[0])} dimensions; FID is biased, use 50000"
-            warn(f"{images.path}: {count} images {text}", processes)
-    return Side(pair, found.get("features"), {"path": images.path, "N": count, "hash": sha256})
+        warn_of_few(images.path, count, len(pair[0]), processes)
+    return pair, found.get("features"), {"path": images.path, "N": count, "hash": sha256}
+
+
+def warn_of_few(path: str, count: int, dimensions: int, processes: Processes) -> None:
+    if count <= dimensions:
+        text = f"{count} images are too few for a full-rank covariance of {dimensions} dimensions"
+        warn(f"{path}: {text}; the distance is biased, use 50000", processes)
 
 
 def share(value: float, count: int) -> dict[str, float]:
@@ -702,13 +675,7 @@ def average(values: Tensor) -> dict[str, float | None]:
     return dict(zip(("value", "spread"), (x if math.isfinite(x) else None for x in pair)))
 
 
-def sampler_settings(path: str) -> dict | None:
-    """What sample.py wrote beside the samples."""
-    beside = Path(path).with_suffix(".json")
-    return read_card(str(beside)) if beside.is_file() else None
-
-
-def read_card(path: str) -> dict:
+def read_card(path: str | Path) -> dict:
     try:
         card = json.loads(Path(path).read_text())
     except ValueError:
@@ -745,25 +712,28 @@ def gfid(arguments: list[str]) -> None:
     protocol = evaluator.protocol if evaluator else {}
     for images in sets:
         check_stored(images, protocol or {k: str(v) for k, v in sets[0].stored.items() if k in ("resize", "weights")})
-    samples, reference = (measure(images, evaluator, processes) for images in sets)
+    sides = [measure(images, evaluator, processes) for images in sets]
     if not processes.first:
         return
+    (moments, fake, record), (reference, real, reference_record) = sides
     with as_user_error(f"{args.samples} and {args.reference}: "):
-        values = {"fid": {"value": frechet_distance(*samples.statistics, *reference.statistics)}}
-        if samples.features is not None:
-            values["fid"]["spread"] = frechet_spread(samples.features.to(processes.device), *reference.statistics)
-            probabilities = evaluator.model.logits(samples.features.double().to(processes.device)).softmax(dim=1)
+        values = {"fid": {"value": frechet_distance(*moments, *reference)}}
+        if fake is not None:
+            fake = fake.to(processes.device)
+            values["fid"]["spread"] = frechet_spread(fake, *reference)
+            probabilities = evaluator.model.logits(fake.double()).softmax(dim=1).cpu()
             parts = (adm_blocks if args.is_parts == "adm" else fidelity_splits)(len(probabilities))
-            values["inception_score"] = dict(zip(("value", "spread"), inception_score(probabilities.cpu(), parts)))
+            values["inception_score"] = dict(zip(("value", "spread"), inception_score(probabilities, parts)))
             protocol = protocol | {"is_parts": args.is_parts}
-        if samples.features is not None and reference.features is not None:
-            chosen = spread(len(reference.features), 10_000)  # as many as ADM's reference batches have
-            fake, real = samples.features.to(processes.device), reference.features[chosen].to(processes.device)
+        if fake is not None and real is not None:
+            real = real[spread(len(real), 10_000)].to(processes.device)  # as many as ADM's reference batches have
             precision, recall = precision_recall(real, fake)
             values |= {"precision": share(precision, len(fake)), "recall": share(recall, len(real))}
             protocol = protocol | {"precision_recall_reference": len(real), "k": 3}
-    card = {"command": "gfid", "values": values, "N": samples.record["N"], "reference": reference.record}
-    card |= {"protocol": protocol, "samples": samples.record, "sampler": sampler_settings(args.samples)}
+    settings = Path(args.samples).with_suffix(".json")  # what sample.py writes beside the samples
+    sampler = read_card(settings) if settings.is_file() else None
+    card = {"command": "gfid", "values": values, "N": record["N"], "reference": reference_record}
+    card |= {"protocol": protocol, "samples": record, "sampler": sampler}
     finish(card, begun, args.card or Path(args.samples).with_suffix(".gfid.json"))
 
 
@@ -777,10 +747,11 @@ def stats(arguments: list[str]) -> None:
     side = measure(ImageSet(images.path, images.shape, images.files, {}), evaluator, processes)
     if not processes.first:
         return
-    arrays = {"mu": side.statistics[0], "sigma": side.statistics[1], "N": side.record["N"], "hash": side.record["hash"]}
+    (mean, cov), _, record = side
+    arrays = {"mu": mean, "sigma": cov, "N": record["N"], "hash": record["hash"]}
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, **evaluator.protocol)
-    print(f"wrote {args.out}: mu and sigma of {side.record['N']} images")
+    print(f"wrote {args.out}: mu and sigma of {record['N']} images")
 
 
 def open_run(args: argparse.Namespace, processes: Processes):
@@ -841,14 +812,11 @@ def rfid(arguments: list[str]) -> None:
     with as_user_error(f"{args.data}: "):
         reference, values = statistics(found["features"]), {}
         for name in ("mean", "sampled"):
-            features = found[f"rfid_{name}"]
+            features = found[f"rfid_{name}"].to(processes.device)
             distance, noise = frechet_distance(*statistics(features), *reference), frechet_spread(features, *reference)
             values[f"rfid_{name}"] = {"value": distance, "spread": noise}
             values |= {key: average(found[key]) for key in (f"psnr_{name}", f"ssim_{name}")}
-    if len(items) <= 2048:
-        warn(
-            f"{len(items)} images are too few for a full-rank covariance of 2048 dimensions; rFID is biased", processes
-        )
+    warn_of_few(args.data, len(items), len(reference[0]), processes)
     record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
     card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}
     finish(card | {"run": args.run, "seed": args.seed}, begun, args.card or Path(args.run) / "rfid.json")
@@ -860,9 +828,8 @@ def probe(arguments: list[str]) -> None:
     begun, processes = time.perf_counter(), start()
     run, dataset = open_run(args, processes)
     if len(dataset.classes) < 2 or len(dataset) < 20:
-        raise UserError(
-            f"{args.data} has {len(dataset)} images in {len(dataset.classes)} classes; 20 in 2 are the least"
-        )
+        found = f"{len(dataset)} images in {len(dataset.classes)} classes"
+        raise UserError(f"{args.data} has {found}; 20 in 2 are the least")
 
     def parts() -> Iterator[dict[str, Tensor]]:
         for rows in progress(batch_rows(len(dataset), BATCH, processes), "latents", processes):
