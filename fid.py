@@ -675,7 +675,7 @@ def average(values: Tensor) -> dict[str, float | None]:
     return dict(zip(("value", "spread"), (x if math.isfinite(x) else None for x in pair)))
 
 
-def read_card(path: str | Path) -> dict:
+def read_card(path: str) -> dict:
     try:
         card = json.loads(Path(path).read_text())
     except ValueError:
@@ -730,11 +730,11 @@ def gfid(arguments: list[str]) -> None:
             precision, recall = precision_recall(real, fake)
             values |= {"precision": share(precision, len(fake)), "recall": share(recall, len(real))}
             protocol = protocol | {"precision_recall_reference": len(real), "k": 3}
-    settings = Path(args.samples).with_suffix(".json")  # what sample.py writes beside the samples
-    sampler = read_card(settings) if settings.is_file() else None
+    beside = str(Path(args.samples)).removesuffix(".npz")  # a folder may be called 1.5
+    sampler = read_card(f"{beside}.json") if Path(f"{beside}.json").is_file() else None  # as sample.py writes it
     card = {"command": "gfid", "values": values, "N": record["N"], "reference": reference_record}
     card |= {"protocol": protocol, "samples": record, "sampler": sampler}
-    finish(card, begun, args.card or Path(args.samples).with_suffix(".gfid.json"))
+    finish(card, begun, args.card or f"{beside}.gfid.json")
 
 
 def stats(arguments: list[str]) -> None:

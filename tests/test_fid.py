@@ -339,6 +339,14 @@ def test_any_number_of_cards_makes_one_table(tmp_path, capsys):
     assert said[-1] == f"{cards[2]} is not comparable with {cards[0]}: N is 5 and 6"
 
 
+def test_cards_lie_beside_what_they_are_of(tmp_path):
+    for name in ("1", "1.5", "2.npz"):
+        with open(tmp_path / name, "wb") as file:
+            np.savez(file, **MOMENTS)
+        run(f"gfid {tmp_path}/{name} {tmp_path}/1")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"1.gfid.json", "1.5.gfid.json", "2.gfid.json"}
+
+
 def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tmp_path):
     """As ADM's: images, mu, sigma, and mu_s, sigma_s, which FID has no use for."""
     moments = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
