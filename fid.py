@@ -542,16 +542,13 @@ class Evaluator:
     model: InceptionV3
     resize: str
     weights: str  # SHA-256 of the file
-    batch: int
     processes: Processes
 
     @staticmethod
     def load(args: argparse.Namespace, processes: Processes) -> "Evaluator":
         find_official(["inception"], args.weights, processes)
         model = load_inception(args.weights, processes.device)
-        return Evaluator(
-            model, args.resize, file_hash(official_path("inception", args.weights)), args.batch_size, processes
-        )
+        return Evaluator(model, args.resize, file_hash(official_path("inception", args.weights)), processes)
 
     @property
     def protocol(self) -> dict:
@@ -562,7 +559,7 @@ class Evaluator:
 
     def all_features(self, images: ImageSet) -> dict[str, Tensor]:
         """{features (N, 2048), digests (N, 32)} on the first process."""
-        rows = batch_rows(images.shape[0], self.batch, self.processes)
+        rows = batch_rows(images.shape[0], BATCH, self.processes)
         steps = progress(images.batches(rows), f"features of {images.path}", self.processes, total=len(rows))
         return gather(({"features": self.features(x), "digests": digests(x)} for x in steps), self.processes)
 
@@ -597,7 +594,6 @@ def parse(command: str, places: str, flags: str, arguments: list[str]) -> argpar
         parser.add_argument(name.rstrip("+"), nargs="+" if name.endswith("+") else None)
     for name in flags.split():
         parser.add_argument(f"--{name}", **FLAGS[name])
-    parser.set_defaults(batch_size=BATCH)
     args = parser.parse_args(arguments)
     if getattr(args, "seed", 0) < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
