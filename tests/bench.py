@@ -198,7 +198,7 @@ def bench_damage(folder: str, weights: str, processes: Processes) -> None:
     print(f"{len(files)} images; Inception weights: {kind}")
     for (damage, amount), parts in found.items():
         distance = frechet_distance(*statistics(torch.cat(parts)), *originals)
-        print(f"{damage.__name__ if damage else 'unchanged':10} {amount:3} {distance:12.4f}", flush=True)
+        print(f"{damage.__name__ if damage else 'unchanged':10} {amount:3} {distance:12.4g}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
