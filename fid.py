@@ -4,8 +4,8 @@
     python fid.py rfid out --data imagenet/val            # reconstructions against the very crops that were encoded
     python fid.py probe out --data imagenet/val           # linear probe on the latents
     python fid.py stats imagenet/train train.npz          # mean and covariance, for gfid
-    python fid.py compare a.gfid.json b.gfid.json         # are these two results comparable, and if not, why
-    torchrun --nproc_per_node=8 fid.py gfid ...           # the same figure
+    python fid.py compare a.gfid.json b.gfid.json ...     # one table; are they comparable, and if not, why
+    torchrun --nproc_per_node=8 fid.py gfid ...           # the same figure, for any process count
 
 Images go in as uint8 of one size, and through the official Inception file of FID, resized as TensorFlow 1 did (what ADM's
 evaluator sees) or, with --resize pytorch-fid, as that project does. Every result is also written as a card, in JSON.
@@ -19,6 +19,7 @@ import math
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,20 +143,14 @@ class InceptionV3(nn.Module):
             channels = block.out
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x (B, 3, 299, 299) from `inception_input` -> spatial means {64, 192, 768, 2048: (B, that many)}; FID uses 2048."""
-        levels = {}
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, 299, 299) from `inception_input` -> pool3 (B, 2048), the features of FID."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)
-        levels[64] = x.mean(dim=(2, 3))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2)
-        levels[192] = x.mean(dim=(2, 3))
         for name in BLOCKS:
             x = getattr(self, name)(x)
-            if name in ("Mixed_6e", "Mixed_7c"):
-                levels[x.shape[1]] = x.mean(dim=(2, 3))
-        return levels
+        return x.mean(dim=(2, 3))
 
     def logits(self, pool3: Tensor) -> Tensor:
         """pool3 (B, 2048) -> (B, 1008), without the bias, as the Inception Score is computed; in the dtype of pool3."""
@@ -204,7 +199,7 @@ def load_inception(folder: str, device: torch.device) -> InceptionV3:
 def inception_features(model: InceptionV3, images: Tensor, resize: str = "tf1") -> Tensor:
     """images uint8 (B, 3, H, W) -> pool3 float32 (B, 2048), on the CPU."""
     x = inception_input(images.to(model.fc.weight.device), resize)
-    return model(x.contiguous(memory_format=torch.channels_last))[2048].cpu()
+    return model(x.contiguous(memory_format=torch.channels_last)).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +245,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 255.0) -> Tensor:
 
 def check_pair(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(
-            f"two batches (B, C, H, W) of the same shape are needed, not {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise ValueError(f"images must be two batches of the same shape, not {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def statistics(features: np.ndarray | Tensor, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -281,12 +274,38 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     """
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"statistics of {len(mean1)} and of {len(mean2)} dimensions cannot be compared")
-    values, vectors = torch.linalg.eigh(torch.from_numpy(cov1))
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # the square root would blow up rounding
-    root = vectors[:, kept] * values[kept].sqrt()
+    root = matrix_root(cov1)
     cross = torch.linalg.eigvalsh(root.T @ torch.from_numpy(cov2) @ root)
     trace = np.trace(cov1) + np.trace(cov2) - 2 * cross.clamp(min=0).sqrt().sum().item()
     return float(np.square(mean1 - mean2).sum() + trace)
+
+
+def matrix_root(cov: np.ndarray) -> Tensor:
+    """cov (D, D), symmetric, no negative eigenvalues -> R (D, rank) with R R^T = cov."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(cov))
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # the square root would blow up rounding
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def frechet_spread(features: Tensor, mean: np.ndarray, cov: np.ndarray, seed: int = 0) -> float | None:
+    """By how much the Frechet distance of features (N, D) to mean and cov varies with the N samples drawn, float64.
+
+    The standard deviation over 10 random halves of the rows (delete-half jackknife, Shao and Wu 1989), itself known to a
+    quarter; None under 4 rows. Halves are farther away than all rows, so their mean says nothing; and the spread of bootstrap
+    resamples is several times too wide where N is not far above D. What `cov` itself owes to chance is not in it.
+    """
+    if len(features) < 4:
+        return None
+    rng, distances, root = np.random.default_rng(seed), [], matrix_root(cov).to(features.device)
+    for _ in range(10):
+        half = features[torch.from_numpy(rng.permutation(len(features))[: len(features) // 2])].double()
+        shift = half.mean(dim=0)
+        half = (half - shift) / math.sqrt(len(half) - 1)
+        few = len(half) < len(mean)  # the smaller Gram matrix has the same eigenvalues, but for zeros
+        cross = half @ root @ (half @ root).T if few else root.T @ (half.T @ half) @ root
+        trace = half.square().sum().item() - 2 * torch.linalg.eigvalsh(cross.cpu()).clamp(min=0).sqrt().sum().item()
+        distances.append(np.square(mean - shift.cpu().numpy()).sum() + trace)  # less the trace of cov, the same for all
+    return float(np.std(distances, ddof=1))
 
 
 def adm_blocks(count: int, block: int = 5000) -> list[np.ndarray]:
@@ -386,7 +405,10 @@ class ImageSet:
                 for part in rows:
                     yield torch.stack(list(pool.map(read_exactly, [self.files[i] for i in part])))
         elif rows:
-            yield from self.archived(rows)
+            try:
+                yield from self.archived(rows)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise OSError(f"{self.path} is damaged: {error}") from error
 
     def archived(self, rows: list[range]) -> Iterator[Tensor]:
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
@@ -396,7 +418,7 @@ class ImageSet:
             for part in rows:
                 pixels = file.read(len(part) * size)
                 if len(pixels) < len(part) * size:
-                    raise OSError(f"{self.path} is truncated")
+                    raise EOFError("arr_0 is truncated")
                 images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
                 yield images.view(len(part), *self.shape[1:], 3).permute(0, 3, 1, 2).contiguous()
 
@@ -438,23 +460,20 @@ def open_folder(path: str) -> ImageSet:
     for file in files:
         try:
             with Image.open(file) as image:
-                size, mode = upright_size(image), image.mode
+                rotated, mode = image.getexif().get(0x0112, 1) >= 5, image.mode
+                size = image.size[::-1] if rotated else image.size  # as `read_image` will turn it
         except Exception as error:
             raise UserError(f"{file} cannot be read: {error}") from error
         if mode[0] in "FI":
             raise UserError(f"{file} has pixels of type {mode}; metrics are defined on 8-bit images")
         first = first or size
         if size != first:
-            sizes = [f"{width} x {height}" for width, height in (first, size)]
-            raise UserError(
-                f"{path} has images of {sizes[0]} px ({files[0]}) and of {sizes[1]} px ({file}); crop them alike"
-            )
+            sizes = [f"{width} x {height} px" for width, height in (first, size)]
+            raise UserError(f"crop images alike: {files[0]} has {sizes[0]} and {file} {sizes[1]}")
     return ImageSet(path, (len(files), first[1], first[0]), files, {})
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, which `read_image` applies."""
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+STORED = ("mu", "sigma", "N", "hash", "resize", "weights")
 
 
 def open_npz(path: str) -> ImageSet:
@@ -466,25 +485,27 @@ def open_npz(path: str) -> ImageSet:
                 found, fortran, dtype = array_header(file)
             if dtype.hasobject:
                 raise ValueError("pickled array arr_0")
-            if dtype != np.uint8 or len(found) != 4 or found[3] != 3 or fortran or not found[0]:
+            if dtype != np.uint8 or len(found) != 4 or found[3] != 3 or fortran or not all(found):
                 raise UserError(f"{path}: arr_0 is {dtype} {found}; images must be uint8 (N, H, W, 3), values 0 to 255")
             shape = found[:3]
     if {"mu", "sigma"} <= set(names):
         with np.load(path, allow_pickle=False) as arrays:
-            stored = {
-                name: arrays[name] for name in ("mu", "sigma", "N", "hash", "resize", "weights") if name in arrays
-            }
-        check_statistics(path, stored["mu"], stored["sigma"])
+            stored = {name: arrays[name] for name in STORED if name in arrays}
+        check_statistics(path, **stored)
     if not shape and not stored:
         raise UserError(f"{path} has neither arr_0 nor mu and sigma, but {', '.join(names) or 'nothing'}")
     return ImageSet(path, shape, [], stored)
 
 
-def check_statistics(path: str, mean: np.ndarray, cov: np.ndarray) -> None:
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise UserError(f"{path}: mu is {mean.shape} and sigma {cov.shape}; they must be (D,) and (D, D)")
-    if mean.dtype.kind != "f" or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+def check_statistics(path: str, mu: np.ndarray, sigma: np.ndarray, **recorded: np.ndarray) -> None:
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; they must be (D,) and (D, D)")
+    if {mu.dtype.kind, sigma.dtype.kind} != {"f"} or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: mu and sigma must be finite floating-point numbers")
+    if not np.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
+        raise UserError(f"{path}: sigma is no covariance: it is not symmetric, or has negative variances")
+    if any(value.ndim for value in recorded.values()) or recorded.get("N", np.int64()).dtype.kind not in "iu":
+        raise UserError(f"{path}: what stands beside mu and sigma must be single values, and N a whole number")
 
 
 def batch_rows(count: int, batch: int, processes: Processes) -> list[range]:
@@ -506,9 +527,8 @@ def gather(parts: Iterator[dict[str, Tensor]], processes: Processes) -> dict[str
 
 def digests(images: Tensor) -> Tensor:
     """uint8 (b, ...) -> SHA-256 of each image's bytes, uint8 (b, 32)."""
-    return torch.stack(
-        [torch.tensor(list(hashlib.sha256(image.numpy().tobytes()).digest())) for image in images]
-    ).byte()
+    joined = b"".join(hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(len(images), 32)
 
 
 def set_hash(digest: Tensor) -> str:
@@ -522,16 +542,13 @@ class Evaluator:
     model: InceptionV3
     resize: str
     weights: str  # SHA-256 of the file
-    batch: int
     processes: Processes
 
     @staticmethod
     def load(args: argparse.Namespace, processes: Processes) -> "Evaluator":
         find_official(["inception"], args.weights, processes)
         model = load_inception(args.weights, processes.device)
-        return Evaluator(
-            model, args.resize, file_hash(official_path("inception", args.weights)), args.batch_size, processes
-        )
+        return Evaluator(model, args.resize, file_hash(official_path("inception", args.weights)), processes)
 
     @property
     def protocol(self) -> dict:
@@ -542,7 +559,7 @@ class Evaluator:
 
     def all_features(self, images: ImageSet) -> dict[str, Tensor]:
         """{features (N, 2048), digests (N, 32)} on the first process."""
-        rows = batch_rows(images.shape[0], self.batch, self.processes)
+        rows = batch_rows(images.shape[0], BATCH, self.processes)
         steps = progress(images.batches(rows), f"features of {images.path}", self.processes, total=len(rows))
         return gather(({"features": self.features(x), "digests": digests(x)} for x in steps), self.processes)
 
@@ -555,6 +572,7 @@ def warn(text: str, processes: Processes) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
+BATCH = 50  # images per forward pass; a constant, because other inputs of a pass change the last digits of its outputs
 FLAGS = {
     "weights": {
         "default": "",
@@ -563,16 +581,8 @@ FLAGS = {
     },
     "resize": {"default": "tf1", "choices": ["tf1", "pytorch-fid"], "help": "convention (default: tf1, as ADM)"},
     "is_parts": {"default": "adm", "choices": ["adm", "torch-fidelity"], "help": "parts of the Inception Score"},
-    "batch_size": {"type": int, "default": 50, "help": "images per forward and process; changes no figure"},
-    "card": {
-        "default": "",
-        "metavar": "FILE",
-        "help": "the result card to write (default: beside the samples, or in the run)",
-    },
-    "data": {
-        "default": "shapes",
-        "help": 'folder of images, all of them are used (default: "shapes", the built-in ones)',
-    },
+    "card": {"default": "", "metavar": "FILE", "help": "result to write (default: beside the samples, or in the run)"},
+    "data": {"default": "shapes", "help": 'folder of images, all are used (default: "shapes", the built-in ones)'},
     "held_out": {"action": "store_true", "help": "only the images that training on this folder held out"},
     "seed": {"type": int, "default": 0, "help": "of the sampled latents"},
 }
@@ -581,13 +591,12 @@ FLAGS = {
 def parse(command: str, places: str, flags: str, arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog=f"fid.py {command}", description=__doc__)
     for name in places.split():
-        parser.add_argument(name)
+        parser.add_argument(name.rstrip("+"), nargs="+" if name.endswith("+") else None)
     for name in flags.split():
         parser.add_argument(f"--{name}", **FLAGS[name])
     args = parser.parse_args(arguments)
-    for name, least in (("batch_size", 1), ("seed", 0)):
-        if getattr(args, name, least) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    if getattr(args, "seed", 0) < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
     return args
 
 
@@ -599,26 +608,18 @@ def start() -> Processes:
     return processes
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two sets of a comparison: statistics, features (None where only statistics are stored), its card entry."""
-
-    statistics: tuple[np.ndarray, np.ndarray]
-    features: Tensor | None
-    record: dict
-
-
 def check_stored(images: ImageSet, protocol: dict) -> None:
     """UserError where statistics were recorded under another convention or with other weights."""
     for name in protocol.keys() & images.stored.keys():
         if str(images.stored[name]) != protocol[name]:
-            raise UserError(
-                f"{images.path} was made with {name} {images.stored[name]}, not {protocol[name]}; make it again"
-            )
+            raise UserError(f"{images.path} was made with {name} {images.stored[name]}, not {protocol[name]}")
 
 
-def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes) -> Side | None:
-    """Features and statistics of a set, on the first process; stored statistics come before those of its images, as in ADM."""
+def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes) -> tuple | None:
+    """A set's (mean, covariance), features or None, and card entry, on the first process.
+
+    Stored statistics come before those of its images, as in ADM.
+    """
     found = evaluator.all_features(images) if images.shape else {}
     if not processes.first:
         return None
@@ -630,10 +631,14 @@ def measure(images: ImageSet, evaluator: Evaluator | None, processes: Processes)
     else:
         with as_user_error(f"{images.path}: "):
             pair, sha256 = statistics(found["features"]), set_hash(found["digests"])
-        if count <= len(pair[0]):
-            text = f"are too few for a full-rank covariance of {len(pair[0])} dimensions; FID is biased, use 50000"
-            warn(f"{images.path}: {count} images {text}", processes)
-    return Side(pair, found.get("features"), {"path": images.path, "N": count, "hash": sha256})
+        warn_of_few(images.path, count, len(pair[0]), processes)
+    return pair, found.get("features"), {"path": images.path, "N": count, "hash": sha256}
+
+
+def warn_of_few(path: str, count: int, dimensions: int, processes: Processes) -> None:
+    if count <= dimensions:
+        text = f"{count} images are too few for a full-rank covariance of {dimensions} dimensions"
+        warn(f"{path}: {text}; the distance is biased, use 50000", processes)
 
 
 def share(value: float, count: int) -> dict[str, float]:
@@ -647,12 +652,6 @@ def average(values: Tensor) -> dict[str, float | None]:
     return dict(zip(("value", "spread"), (x if math.isfinite(x) else None for x in pair)))
 
 
-def sampler_settings(path: str) -> dict | None:
-    """What sample.py wrote beside the samples."""
-    beside = Path(path).with_suffix(".json")
-    return read_card(str(beside)) if beside.is_file() else None
-
-
 def read_card(path: str) -> dict:
     try:
         card = json.loads(Path(path).read_text())
@@ -663,50 +662,61 @@ def read_card(path: str) -> dict:
     return card
 
 
+def shown(number: dict | None) -> str:
+    """A value of a card, with its spread."""
+    if number is None:
+        return "-"
+    value, spread = (number.get(key) for key in ("value", "spread"))
+    return "infinite" if value is None else f"{value:.4f}" + ("" if spread is None else f" +- {spread:.4f}")
+
+
 def finish(card: dict, begun: float, path: str | Path) -> None:
     """Print the table and write the card."""
     card["seconds"] = round(time.perf_counter() - begun, 1)
     print(f"{card['command']}: {card['N']} images, reference {card['reference']['path']} ({card['reference']['N']})")
     for name, number in card["values"].items():
-        spread_text = f" +- {number['spread']:.4f}" if number.get("spread") is not None else ""
-        print(f"  {name:24}" + ("infinite" if number["value"] is None else f"{number['value']:.4f}{spread_text}"))
+        print(f"  {name:24}{shown(number)}")
     write_text(json.dumps(card, indent=1), path)
     print(f"wrote {path}")
 
 
 def gfid(arguments: list[str]) -> None:
     """FID, Inception Score, precision and recall of samples against a reference."""
-    args = parse("gfid", "samples reference", "weights resize is_parts batch_size card", arguments)
+    args = parse("gfid", "samples reference", "weights resize is_parts card", arguments)
     begun, processes = time.perf_counter(), start()
     sets = open_images(args.samples), open_images(args.reference)
     evaluator = Evaluator.load(args, processes) if any(images.shape for images in sets) else None
     protocol = evaluator.protocol if evaluator else {}
     for images in sets:
         check_stored(images, protocol or {k: str(v) for k, v in sets[0].stored.items() if k in ("resize", "weights")})
-    samples, reference = (measure(images, evaluator, processes) for images in sets)
+    sides = [measure(images, evaluator, processes) for images in sets]
     if not processes.first:
         return
+    (moments, fake, record), (reference, real, reference_record) = sides
     with as_user_error(f"{args.samples} and {args.reference}: "):
-        values = {"fid": {"value": frechet_distance(*samples.statistics, *reference.statistics)}}
-        if samples.features is not None:
-            probabilities = evaluator.model.logits(samples.features.double().to(processes.device)).softmax(dim=1)
+        values = {"fid": {"value": frechet_distance(*moments, *reference)}}
+        if fake is not None:
+            fake = fake.to(processes.device)
+            values["fid"]["spread"] = frechet_spread(fake, *reference)
+            probabilities = evaluator.model.logits(fake.double()).softmax(dim=1).cpu()
             parts = (adm_blocks if args.is_parts == "adm" else fidelity_splits)(len(probabilities))
-            values["inception_score"] = dict(zip(("value", "spread"), inception_score(probabilities.cpu(), parts)))
+            values["inception_score"] = dict(zip(("value", "spread"), inception_score(probabilities, parts)))
             protocol = protocol | {"is_parts": args.is_parts}
-        if samples.features is not None and reference.features is not None:
-            chosen = spread(len(reference.features), 10_000)  # as many as ADM's reference batches have
-            fake, real = samples.features.to(processes.device), reference.features[chosen].to(processes.device)
+        if fake is not None and real is not None:
+            real = real[spread(len(real), 10_000)].to(processes.device)  # as many as ADM's reference batches have
             precision, recall = precision_recall(real, fake)
             values |= {"precision": share(precision, len(fake)), "recall": share(recall, len(real))}
             protocol = protocol | {"precision_recall_reference": len(real), "k": 3}
-    card = {"command": "gfid", "values": values, "N": samples.record["N"], "reference": reference.record}
-    card |= {"protocol": protocol, "samples": samples.record, "sampler": sampler_settings(args.samples)}
-    finish(card, begun, args.card or Path(args.samples).with_suffix(".gfid.json"))
+    beside = str(Path(args.samples)).removesuffix(".npz")  # a folder may be called 1.5
+    sampler = read_card(f"{beside}.json") if Path(f"{beside}.json").is_file() else None  # as sample.py writes it
+    card = {"command": "gfid", "values": values, "N": record["N"], "reference": reference_record}
+    card |= {"protocol": protocol, "samples": record, "sampler": sampler}
+    finish(card, begun, args.card or f"{beside}.gfid.json")
 
 
 def stats(arguments: list[str]) -> None:
     """Mean and covariance of a folder or .npz of images, with how they were made."""
-    args = parse("stats", "images out", "weights resize batch_size", arguments)
+    args = parse("stats", "images out", "weights resize", arguments)
     processes, images = start(), open_images(args.images)
     if images.shape is None:
         raise UserError(f"{args.images} holds statistics already")
@@ -714,10 +724,11 @@ def stats(arguments: list[str]) -> None:
     side = measure(ImageSet(images.path, images.shape, images.files, {}), evaluator, processes)
     if not processes.first:
         return
-    arrays = {"mu": side.statistics[0], "sigma": side.statistics[1], "N": side.record["N"], "hash": side.record["hash"]}
+    (mean, cov), _, record = side
+    arrays = {"mu": mean, "sigma": cov, "N": record["N"], "hash": record["hash"]}
     with replacing(args.out) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, **evaluator.protocol)
-    print(f"wrote {args.out}: mu and sigma of {side.record['N']} images")
+    print(f"wrote {args.out}: mu and sigma of {record['N']} images")
 
 
 def open_run(args: argparse.Namespace, processes: Processes):
@@ -751,7 +762,7 @@ def reconstructions(tokenizer: nn.Module, images: Tensor, items: list[int], seed
 
 def rfid(arguments: list[str]) -> None:
     """rFID, PSNR and SSIM of a run's reconstructions against the very crops that were encoded."""
-    args = parse("rfid", "run", "data held_out seed weights resize batch_size card", arguments)
+    args = parse("rfid", "run", "data held_out seed weights resize card", arguments)
     begun, processes = time.perf_counter(), start()
     evaluator = Evaluator.load(args, processes)
     run, dataset = open_run(args, processes)
@@ -762,7 +773,7 @@ def rfid(arguments: list[str]) -> None:
         warn(f"the run was trained on {args.data}; --held_out takes only what that held out", processes)
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        for rows in progress(batch_rows(len(items), args.batch_size, processes), "reconstructions", processes):
+        for rows in progress(batch_rows(len(items), BATCH, processes), "reconstructions", processes):
             chosen = [int(items[i]) for i in rows]
             images, _ = crops(dataset, chosen)
             part = {"features": evaluator.features(images), "digests": digests(images)}
@@ -778,13 +789,11 @@ def rfid(arguments: list[str]) -> None:
     with as_user_error(f"{args.data}: "):
         reference, values = statistics(found["features"]), {}
         for name in ("mean", "sampled"):
-            distance = frechet_distance(*statistics(found[f"rfid_{name}"]), *reference)
-            values[f"rfid_{name}"] = {"value": distance}
+            features = found[f"rfid_{name}"].to(processes.device)
+            distance, noise = frechet_distance(*statistics(features), *reference), frechet_spread(features, *reference)
+            values[f"rfid_{name}"] = {"value": distance, "spread": noise}
             values |= {key: average(found[key]) for key in (f"psnr_{name}", f"ssim_{name}")}
-    if len(items) <= 2048:
-        warn(
-            f"{len(items)} images are too few for a full-rank covariance of 2048 dimensions; rFID is biased", processes
-        )
+    warn_of_few(args.data, len(items), len(reference[0]), processes)
     record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
     card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}
     finish(card | {"run": args.run, "seed": args.seed}, begun, args.card or Path(args.run) / "rfid.json")
@@ -792,16 +801,15 @@ def rfid(arguments: list[str]) -> None:
 
 def probe(arguments: list[str]) -> None:
     """Accuracy of a linear probe on the posterior means: trained on nine tenths of the data, tested on the rest."""
-    args = parse("probe", "run", "data batch_size card", arguments)
+    args = parse("probe", "run", "data card", arguments)
     begun, processes = time.perf_counter(), start()
     run, dataset = open_run(args, processes)
     if len(dataset.classes) < 2 or len(dataset) < 20:
-        raise UserError(
-            f"{args.data} has {len(dataset)} images in {len(dataset.classes)} classes; 20 in 2 are the least"
-        )
+        found = f"{len(dataset)} images in {len(dataset.classes)} classes"
+        raise UserError(f"{args.data} has {found}; 20 in 2 are the least")
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        for rows in progress(batch_rows(len(dataset), args.batch_size, processes), "latents", processes):
+        for rows in progress(batch_rows(len(dataset), BATCH, processes), "latents", processes):
             images, labels = crops(dataset, list(rows))
             with torch.no_grad():
                 latents = run.tokenizer.encode(to_float(images.to(processes.device))).mean
@@ -820,36 +828,47 @@ def probe(arguments: list[str]) -> None:
     finish(card | {"run": args.run}, begun, args.card or Path(args.run) / "probe.json")
 
 
+CARD = {"command": str, "N": int | None, "values": dict, "reference": dict, "protocol": dict, "sampler": dict | None}
+
+
+def read_result(path: str) -> dict:
+    card = read_card(path)
+    sound = all(isinstance(card.get(name), kind) for name, kind in CARD.items())
+    if not sound or not all(isinstance(number, dict) for number in card["values"].values()):
+        raise UserError(f"{path} is not a result card of fid.py")
+    return card
+
+
 def differences(a: dict, b: dict) -> list[str]:
     """Why two cards are not comparable; nothing to say when they are."""
-    facts = [
-        {"command": c["command"], "N": c["N"], "reference": c["reference"]["hash"], **c["protocol"]} for c in (a, b)
-    ]
-    keys = facts[0] | facts[1]
-    return [
-        f"{key} is {facts[0].get(key)} and {facts[1].get(key)}"
-        for key in keys
-        if facts[0].get(key) != facts[1].get(key)
-    ]
+    first, second = (
+        {"command": card["command"], "N": card["N"], "reference": card["reference"].get("hash"), **card["protocol"]}
+        for card in (a, b)
+    )
+    keys = [key for key in first | second if first.get(key) != second.get(key)]
+    return [f"{key} is {str(first.get(key))[:16]} and {str(second.get(key))[:16]}" for key in keys]
 
 
 def compare(arguments: list[str]) -> None:
-    """Say whether two result cards are comparable, and print them side by side."""
-    args = parse("compare", "a b", "", arguments)
-    cards = read_card(args.a), read_card(args.b)
-    for path, card in zip((args.a, args.b), cards):
-        if not {"command", "values", "N", "reference", "protocol"} <= card.keys():
-            raise UserError(f"{path} is not a result card of fid.py")
-    a, b = cards
-    for name in a["values"] | b["values"]:
-        numbers = [card["values"].get(name, {}).get("value") for card in cards]
-        print(f"  {name:24}" + "".join(f"{'-' if x is None else format(x, '.4f'):>14}" for x in numbers))
-    settings = [card.get("sampler") or {} for card in cards]
-    for name in settings[0] | settings[1]:
-        if settings[0].get(name) != settings[1].get(name):
-            print(f"  {name:24}{settings[0].get(name)!s:>14}{settings[1].get(name)!s:>14}")
-    reasons = differences(a, b)
-    print("not comparable: " + "; ".join(reasons) if reasons else "comparable: same protocol, count and reference")
+    """Any number of result cards in one table, a column each; and which are not comparable with the first, and why."""
+    args = parse("compare", "cards+", "", arguments)
+    cards, names = [read_result(path) for path in args.cards], [Path(path).stem for path in args.cards]
+    samplers, values = [card.get("sampler") or {} for card in cards], [card["values"] for card in cards]
+    rows = [["", *names]]
+    for key in dict.fromkeys(key for sampler in samplers for key in sampler):
+        cells = [str(sampler.get(key, "-")) for sampler in samplers]
+        rows += [[key, *cells]] if len(set(cells)) > 1 else []
+    for key in dict.fromkeys(key for numbers in values for key in numbers):
+        rows.append([key, *(shown(numbers.get(key)) for numbers in values)])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for label, *cells in rows:
+        print("  ".join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
+    reasons = {path: differences(cards[0], card) for path, card in zip(args.cards, cards)}
+    for path, found in reasons.items():
+        if found:
+            print(f"{path} is not comparable with {args.cards[0]}: {'; '.join(found)}")
+    if not any(reasons.values()):
+        print("comparable: same protocol, count and reference")
 
 
 COMMANDS = {"gfid": gfid, "rfid": rfid, "probe": probe, "stats": stats, "compare": compare}

@@ -4,6 +4,7 @@
     python tests/bench.py --preset b256 --batch 32     # tokenizer B at 256 px, SiT-XL at 128 tokens
     python tests/bench.py --preset b256 --batch 32 --compile
     python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
+    python tests/bench.py --damage FOLDER              # Frechet distance of its images to damaged copies
 
 The official networks take part with random weights where their files are not at hand: their values do not change the speed.
 A line's FLOPs are counted by PyTorch (matrix products and convolutions, 2 per multiply-add), forward and backward. The
@@ -11,21 +12,25 @@ peak is the best of some square and model-shaped matrix products in the precisio
 same run: on a busy machine compare shares, not times.
 """
 
+import io
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, batch_indices, command_line, loader
+from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, batch_indices, center_crop, command_line, file_hash
+from data import image_tensor, loader, official_path, progress, read_image
 from fid import InceptionV3, frechet_distance, inception_features, load_inception, precision_recall, statistics
 from masking import mask_ratio, random_mask
 from sample import build_tokenizer
@@ -137,7 +142,7 @@ def once(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bench_fid(device: torch.device, peak: float) -> None:
+def bench_fid(device: torch.device, peak: float, samples: int) -> None:
     """The parts of fid.py at the sizes they are used with; random weights and features, whose values do not matter."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(InceptionV3().state_dict(), f"{folder}/{OFFICIAL['inception'].file}")
@@ -145,14 +150,55 @@ def bench_fid(device: torch.device, peak: float) -> None:
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
     report("Inception features, 256 px, batch 32", lambda: inception_features(model, images), 32, device, peak)
     generator = torch.Generator().manual_seed(0)
-    real, fake = torch.randn(2, 10_000, 2048, generator=generator)
+    real, fake = (torch.randn(count, 2048, generator=generator) for count in (10_000, samples))
     pairs = (*statistics(real), *statistics(fake))
     ours, scipys = once(lambda: frechet_distance(*pairs)), once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]))
     print(f"Frechet distance, 2048 dimensions: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
     seconds = once(lambda: precision_recall(real.to(device), fake.to(device)))
-    print(
-        f"precision and recall, 10,000 against 10,000 x 2048: {seconds:.1f} s, peak memory {peak_memory(device) / 1e9:.1f} GB"
-    )
+    memory = peak_memory(device) / 1e9
+    print(f"precision and recall, {samples:,} against 10,000 x 2048: {seconds:.1f} s, peak memory {memory:.1f} GB")
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def blur(image: Image.Image, radius: int) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def noise(image: Image.Image, sigma: int) -> Image.Image:
+    rng = np.random.default_rng(zlib.crc32(image.tobytes()))
+    noisy = np.asarray(image) + rng.normal(0, sigma, (*image.size[::-1], 3))
+    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
+
+
+DAMAGES = [(jpeg, 50), (jpeg, 25), (jpeg, 10), (blur, 1), (blur, 2), (blur, 4), (noise, 10), (noise, 25), (noise, 50)]
+
+
+def bench_damage(folder: str, weights: str, processes: Processes) -> None:
+    """Frechet distance of a folder's 256-px crops to damaged copies: it should grow with the damage."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if not weights:
+            torch.manual_seed(0)
+            torch.save(InceptionV3().state_dict(), f"{temporary}/{OFFICIAL['inception'].file}")
+        model = load_inception(weights or temporary, processes.device)
+        sha256 = file_hash(official_path("inception", weights or temporary))
+    files, found = ImageFolder(folder, 256).paths, {}
+    for start in progress(range(0, len(files), 50), "features", processes):
+        crops = [center_crop(read_image(file), 256) for file in files[start : start + 50]]
+        for damage, amount in [(None, 0), *DAMAGES]:
+            copies = torch.stack([image_tensor(damage(crop, amount) if damage else crop) for crop in crops])
+            found.setdefault((damage, amount), []).append(inception_features(model, copies))
+    originals = statistics(torch.cat(found[None, 0]))
+    official = sha256.startswith(OFFICIAL["inception"].sha256)
+    kind = "official" if official else "not the official ones" if weights else "random"
+    print(f"{len(files)} images; Inception weights: {kind}")
+    for (damage, amount), parts in found.items():
+        distance = frechet_distance(*statistics(torch.cat(parts)), *originals)
+        print(f"{damage.__name__ if damage else 'unchanged':10} {amount:3} {distance:12.4g}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -161,7 +207,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
+    parser.add_argument("--samples", type=int, default=10_000, help="of --fid's precision and recall; published: 50000")
+    parser.add_argument("--damage", metavar="FOLDER", help="distance of this folder's images to damaged copies instead")
+    parser.add_argument("--weights", default="", help="folder with FID's Inception for --damage (default: random)")
     args = parser.parse_args(arguments)
+    if args.damage:
+        return bench_damage(args.damage, args.weights, Processes.start())
     config, _, _ = parse_config(["--preset", args.preset])
     processes = Processes.start()
     device = processes.device
@@ -173,7 +224,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'':34} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
 
     if args.fid:
-        return bench_fid(device, peak)
+        return bench_fid(device, peak, args.samples)
     size = config.image_size
     context = Context(replace(config, compile=args.compile), processes, Shapes(size), None, None, None, dry=True)
     bench_tokenizer(context, batch, peak)

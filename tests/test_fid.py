@@ -2,14 +2,17 @@
 
 import io
 import json
+import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ARRAYS, ENV, FID_ARRAYS, array, command, low_rank_features, make_folder, official_folder, succeed
+from reference import ARRAYS, ENV, FID_ARRAYS, ROOT, array, command, low_rank_features, make_folder, official_folder
 
+import data
 import fid
 import sample
 from data import OFFICIAL, UserError, save_checkpoint
@@ -73,6 +76,27 @@ def test_frechet_distance_closed_forms():
     assert fid.frechet_distance(mean, np.diag(shift), mean, np.zeros((8, 8))) == pytest.approx(shift.sum())
 
 
+@pytest.mark.parametrize("count", [15, 60])  # halves of fewer and of more rows than dimensions
+def test_spread_equals_that_of_halves_measured_one_by_one(count):
+    rng = np.random.default_rng(0)
+    features, reference = torch.from_numpy(rng.standard_normal((count, 12))).float(), rng.standard_normal((30, 12))
+    mean, cov = fid.statistics(0.7 * reference @ rng.standard_normal((12, 12)) + 3)
+    draws = np.random.default_rng(5)
+    halves = [features[draws.permutation(count)[: count // 2]] for _ in range(10)]
+    distances = [fid.frechet_distance(*fid.statistics(half), mean, cov) for half in halves]
+    assert fid.frechet_spread(features, mean, cov, seed=5) == pytest.approx(np.std(distances, ddof=1), rel=1e-6)
+    assert fid.frechet_spread(features[:3], mean, cov) is None
+
+
+def test_spread_is_that_of_independent_samples():
+    rng = np.random.default_rng(0)
+    for count in (500, 20):
+        samples = torch.from_numpy(rng.standard_normal((100, count, 16)) * np.linspace(0.2, 2, 16) + 0.5)
+        distances = [fid.frechet_distance(*fid.statistics(x), np.zeros(16), np.eye(16)) for x in samples]
+        spread = np.mean([fid.frechet_spread(x, np.zeros(16), np.eye(16)) for x in samples[:30]])
+        assert spread == pytest.approx(np.std(distances), rel=0.3)
+
+
 def test_bad_features_are_named():
     with pytest.raises(ValueError, match="not finite"):
         fid.statistics(np.full((3, 2), np.nan))
@@ -110,16 +134,21 @@ def expected(name):
 
 
 @pytest.mark.parametrize("i", range(3))  # 256 x 256, 299 x 299, 240 x 320 px
-def test_inception_equals_torch_fidelity_at_every_level(inception, i):
+def test_inception_equals_torch_fidelity_at_every_level(inception, i, request):
     x = fid.inception_input(inception_case(i))
     pixels = (x * 128 + 128)[:, :, 100:108, 200:208]
     torch.testing.assert_close(pixels, expected(f"torchfidelity_resized_{i}"), atol=1e-3, rtol=0)
+    levels = {}
+    for name, layer in (("feat64", "Conv2d_3b_1x1"), ("feat192", "Mixed_5b"), ("feat768", "Mixed_7a")):
+        hook = inception.get_submodule(layer).register_forward_pre_hook(lambda _, x, n=name: levels.update({n: x[0]}))
+        request.addfinalizer(hook.remove)
     with torch.no_grad():
-        levels = inception(x)
-    assert list(levels) == [64, 192, 768, 2048]
-    for width, name in ((64, "feat64"), (192, "feat192"), (768, "feat768"), (2048, "pool3")):
-        torch.testing.assert_close(levels[width], expected(f"{name}_{i}"), atol=3e-5, rtol=0)
-    torch.testing.assert_close(inception.logits(levels[2048]), expected(f"logits_unbiased_{i}"), atol=3e-5, rtol=0)
+        pool3 = inception(x)
+    for name, maps in levels.items():
+        torch.testing.assert_close(maps.mean(dim=(2, 3)), expected(f"{name}_{i}"), atol=3e-5, rtol=0)
+    assert len(levels) == 3
+    torch.testing.assert_close(pool3, expected(f"pool3_{i}"), atol=3e-5, rtol=0)
+    torch.testing.assert_close(inception.logits(pool3), expected(f"logits_unbiased_{i}"), atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -265,20 +294,6 @@ def run(*words):
     fid.main([word for text in words for word in str(text).split()])
 
 
-def test_gfid_depends_neither_on_the_batch_size_nor_on_the_process_count(samples, weights, tmp_path):
-    cards = []
-    for name, batch, processes in (("a", 50, 1), ("b", 2, 2)):
-        words = f"gfid {samples}/images.npz {samples}/folder --weights {weights} --batch_size {batch}"
-        done = succeed("fid.py", words, f"--card {tmp_path}/{name}.json", processes=processes)
-        cards.append(read(tmp_path / f"{name}.json"))
-        assert "warning" in done.stderr and "too few for a full-rank covariance" in done.stderr
-    a, b = cards
-    for name in ("fid", "inception_score", "precision", "recall"):
-        assert a["values"][name]["value"] == pytest.approx(b["values"][name]["value"], rel=1e-9)
-    assert a["N"] == b["N"] == 9 and a["reference"] == b["reference"] and a["samples"] == b["samples"]
-    assert a["reference"]["N"] == 8 and a["sampler"] == {"guidance": 2.0} and a["protocol"]["resize"] == "tf1"
-
-
 def test_stats_stand_for_their_images_and_cards_are_compared(samples, weights, tmp_path, capsys):
     flags = f"--weights {weights}"
     run(f"stats {samples}/folder {tmp_path}/stats.npz", flags)
@@ -290,14 +305,45 @@ def test_stats_stand_for_their_images_and_cards_are_compared(samples, weights, t
     assert set(a["values"]) == {"fid", "inception_score"} and set(c["values"]) == {"fid"}
     assert abs(b["values"]["fid"]["value"]) < 1e-6 and abs(c["values"]["fid"]["value"]) < 1e-6
     assert a["reference"]["hash"] == b["reference"]["hash"] == b["samples"]["hash"]
-    capsys.readouterr()
+    assert "9 images are too few for a full-rank covariance of 2048 dimensions" in capsys.readouterr().err
     run(f"compare {tmp_path}/a.json {tmp_path}/a.json")
     assert "comparable: same protocol" in capsys.readouterr().out
     run(f"compare {tmp_path}/a.json {tmp_path}/b.json")
-    said = capsys.readouterr().out
-    assert "not comparable: N is 9 and 8" in said and "guidance" in said
+    assert f"{tmp_path}/b.json is not comparable with {tmp_path}/a.json: N is 9 and 8" in capsys.readouterr().out
     with pytest.raises(UserError, match="made with resize tf1, not pytorch-fid"):
         run(f"gfid {samples}/images.npz {tmp_path}/stats.npz --resize pytorch-fid", flags)
+
+
+def test_any_number_of_cards_makes_one_table(tmp_path, capsys):
+    for guidance in (1, 1.5, 2):
+        card = {"command": "gfid", "N": 5, "reference": {"hash": "x"}, "protocol": {"k": 3}}
+        card["values"] = {"fid": {"value": 10 * guidance, "spread": 0.25}, "psnr": {"value": None, "spread": None}}
+        card["sampler"] = {"guidance": guidance, "steps": 250}
+        if guidance == 2:
+            card |= {"N": 6, "values": {}}
+        (tmp_path / f"{guidance}.gfid.json").write_text(json.dumps(card))
+    cards = [f"{tmp_path}/{guidance}.gfid.json" for guidance in (1, 1.5, 2)]
+    run("compare", *cards[:2])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines] == [
+        ["1.gfid", "1.5.gfid"],
+        ["guidance", "1", "1.5"],
+        ["fid", "10.0000 +- 0.2500", "15.0000 +- 0.2500"],
+        ["psnr", "infinite", "infinite"],
+        ["comparable: same protocol, count and reference"],
+    ]
+    run("compare", *cards)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["guidance", "1", "1.5", "2"] and said[2].split()[-1] == "-"
+    assert said[-1] == f"{cards[2]} is not comparable with {cards[0]}: N is 5 and 6"
+
+
+def test_cards_lie_beside_what_they_are_of(tmp_path):
+    for name in ("1", "1.5", "2.npz"):
+        with open(tmp_path / name, "wb") as file:
+            np.savez(file, **MOMENTS)
+        run(f"gfid {tmp_path}/{name} {tmp_path}/1")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"1.gfid.json", "1.5.gfid.json", "2.gfid.json"}
 
 
 def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tmp_path):
@@ -306,6 +352,21 @@ def test_reference_batches_with_spatial_statistics_are_read(samples, weights, tm
     np.savez(tmp_path / "adm.npz", np.load(samples / "images.npz")["arr_0"], **moments)
     images = fid.open_images(str(tmp_path / "adm.npz"))
     assert images.shape == (9, 24, 20) and set(images.stored) == {"mu", "sigma"}
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Gives a function: words of a command that must fail as the shell shows it -> what it wrote on stderr."""
+
+    def call(words):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *words.split()])
+        with pytest.raises(SystemExit) as stop:
+            data.command_line(fid.main)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.splitlines()[-1].startswith("error: ")
+        return said
+
+    return call
 
 
 def bad_npz(**arrays):
@@ -334,31 +395,35 @@ MOMENTS = {"mu": np.zeros(4), "sigma": np.eye(4)}
     (bad_npz(mu=np.array([{}]), sigma=np.eye(4)), "pickled objects, which are never loaded"),
     (bad_npz(mu=np.zeros(4), sigma=np.eye(5)), r"mu is \(4,\) and sigma \(5, 5\)"),
     (bad_npz(mu=np.full(4, np.nan), sigma=np.eye(4)), "finite"),
+    (bad_npz(mu=np.zeros(4), sigma=np.full((4, 4), np.nan)), "finite"),
+    (bad_npz(mu=np.zeros(0), sigma=np.zeros((0, 0))), r"mu is \(0,\)"),
+    (bad_npz(mu=np.zeros(4), sigma=np.triu(np.ones((4, 4)))), "not symmetric"),
+    (bad_npz(mu=np.zeros(4), sigma=np.eye(4), N=np.arange(2)), "N a whole number"),
     (bad_npz(mu=np.zeros(3), sigma=np.eye(3)), "3 and of 4 dimensions cannot be compared"),
     (bad_npz(other=np.zeros(3)), "neither arr_0 nor mu and sigma, but other"),
     (lambda path: path.write_text("hello"), "not a sound .npz"),
     (lambda path: path.mkdir(), "no images"),
     (lambda path: None, "does not exist"),
-    (mixed_folder, "20 x 20 px .* and of 21 x 21 px"),
+    (mixed_folder, "20.png has 20 x 20 px and .*21 x 21 px"),
     (float_folder, "type F; metrics are defined on 8-bit"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, make, named):
+def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, refusal, make, named):
     path = tmp_path / "bad.npz"
     make(path)
     np.savez(tmp_path / "good.npz", **MOMENTS)
-    with pytest.raises(UserError, match=named):
-        run(f"gfid {path} {tmp_path}/good.npz")
+    said = refusal(f"gfid {path} {tmp_path}/good.npz")
+    assert said.count("\n") == 1 and re.search(named, said)
 
 
-def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path):
+def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(samples, weights, tmp_path, refusal):
     state = torch.load(weights / f"{INCEPTION}.pth")
     state["Mixed_7c.branch1x1.bn.bias"] = torch.full((320,), torch.nan)
     torch.save(state, tmp_path / f"{INCEPTION}.pth")
     np.savez(tmp_path / "four.npz", **MOMENTS)
-    with pytest.raises(UserError, match="feature values are not finite"):
-        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}")
-    with pytest.raises(UserError, match="2048 and of 4 dimensions"):
-        run(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
+    said = refusal(f"gfid {samples}/folder {tmp_path}/four.npz --weights {tmp_path}")
+    assert "feature values are not finite" in said
+    said = refusal(f"gfid {samples}/folder {tmp_path}/four.npz --weights {weights}")
+    assert "2048 and of 4 dimensions" in said
 
 
 def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
@@ -369,11 +434,12 @@ def test_errors_leave_with_code_2_and_without_a_traceback(samples, tmp_path):
     for words, named in (("gfod a b", "invalid choice"), ("gfid a b --weight x", "did you mean --weights")):
         with pytest.raises(UserError, match=named):
             run(words)
-    with pytest.raises(UserError, match="--batch_size is 0"):
-        run("gfid a b --batch_size 0")
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(UserError, match="not a result card"):
-        run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
+    with pytest.raises(UserError, match="--seed is -1"):
+        run("rfid a --seed -1")
+    for text in ("[]", '{"command": "gfid", "N": 3, "values": {"fid": 3}, "reference": {}, "protocol": {}}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError, match="not a result card"):
+            run(f"compare {tmp_path}/x.json {tmp_path}/x.json")
 
 
 @pytest.fixture(scope="session")
@@ -396,27 +462,80 @@ def tiny_run(tmp_path_factory):
     return root
 
 
-def test_rfid_of_held_out_images_does_not_depend_on_the_batch_size(tiny_run, weights, tmp_path):
-    cards = []
-    for batch in (1, 50):
-        words = f"rfid {tiny_run} --data {tiny_run}/images --held_out --weights {weights} --card {tmp_path}/x.json"
-        run(words, f"--batch_size {batch}")
-        cards.append(read(tmp_path / "x.json"))
-    a, b = cards
-    assert set(a["values"]) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
-    assert a["N"] == 2 and a["reference"] == b["reference"]
-    for name, number in a["values"].items():
-        assert number["value"] == pytest.approx(b["values"][name]["value"], rel=1e-6)  # uint8 reconstructions may round
-    assert a["values"]["rfid_mean"] != a["values"]["rfid_sampled"]
+QUICK = """
+import fid
+features = fid.inception_features
+fid.BATCH, fid.inception_features = 4, lambda *inputs: features(*inputs)[:, :64]
+fid.InceptionV3.logits = lambda model, pool3: pool3
+fid.command_line(lambda commands: [fid.main(words.split()) for words in commands])
+"""
 
 
-def test_probe_is_reproducible_and_needs_classes(tiny_run, tmp_path):
-    for name, batch in (("a", 5), ("b", 50)):
-        run(f"probe {tiny_run} --data {tiny_run}/images --batch_size {batch} --card {tmp_path}/{name}.json")
-    a, b = (read(tmp_path / f"{name}.json") for name in "ab")
-    assert a["values"] == b["values"] and a["N"] == 2 and a["protocol"]["train"] == 22
+def measure_everything(samples, run_folder, weights, out):
+    """The words of each command that has a figure, and its card or statistics in `out`."""
+    flags = f"--weights {weights} --card {out}"
+    return (
+        f"gfid {samples}/images.npz {samples}/folder {flags}/gfid.json",
+        f"rfid {run_folder} --data {run_folder}/images {flags}/rfid.json",
+        f"probe {run_folder} --data {run_folder}/images --card {out}/probe.json",
+        f"stats {samples}/images.npz {out}/stats.npz --weights {weights}",
+    )
+
+
+def test_no_figure_depends_on_the_process_count(samples, tiny_run, weights, tmp_path):
+    """Batches of 4, so that both processes have several, and the last one is not full; 64 features, to be quick."""
+    script = tmp_path / "quick.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + QUICK)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        words = measure_everything(samples, tiny_run, weights, out)
+        done = subprocess.run([*command(script, processes=processes), *words], capture_output=True, text=True, env=ENV)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "warning" in done.stderr and "too few for a full-rank covariance" in done.stderr
+    for name in ("gfid", "rfid", "probe"):
+        a, b = (read(tmp_path / processes / f"{name}.json") for processes in "12")
+        assert a.pop("seconds") >= 0 and b.pop("seconds") >= 0
+        for key, number in a.pop("values").items():
+            assert b["values"][key] == pytest.approx(number, rel=1e-9), (name, key)
+        del b["values"]
+        assert a == b
+    a, b = (np.load(tmp_path / processes / "stats.npz") for processes in "12")
+    np.testing.assert_allclose(a["mu"], b["mu"], rtol=1e-9)
+    np.testing.assert_allclose(a["sigma"], b["sigma"], rtol=1e-9, atol=1e-9 * a["sigma"].max())
+    assert a["hash"] == b["hash"]
+    card = read(tmp_path / "1" / "gfid.json")
+    assert card["values"]["fid"]["spread"] > 0
+    assert set(card["values"]) == {"fid", "inception_score", "precision", "recall"} and card["N"] == 9
+    assert card["reference"]["N"] == 8 and card["sampler"] == {"guidance": 2.0} and card["protocol"]["resize"] == "tf1"
+    values = read(tmp_path / "1" / "rfid.json")["values"]
+    assert set(values) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
+    assert values["rfid_mean"] != values["rfid_sampled"]
+
+
+def test_rfid_of_held_out_images(tiny_run, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "inception_features", lambda model, images, resize: images[:, :, 5, 5].float())
+    for flags, count in (("", 24), ("--held_out", 2)):
+        run(f"rfid {tiny_run} --data {tiny_run}/images --weights {weights} --card {tmp_path}/x.json {flags}")
+        card = read(tmp_path / "x.json")
+        assert card["N"] == card["reference"]["N"] == count
+        assert (card["values"]["rfid_mean"]["spread"] is None) == (count == 2)
+
+
+def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path):
+    run(f"probe {tiny_run} --data {tiny_run}/images --card {tmp_path}/a.json")
+    card = read(tmp_path / "a.json")
+    assert card["N"] == 2 and card["protocol"]["train"] == 22
     with pytest.raises(UserError, match="12 images in 0 classes"):
         run(f"probe {tiny_run} --data {tiny_run}/images/class0")
+
+
+def test_a_damaged_archive_is_named(samples, weights, tmp_path, refusal):
+    content = bytearray((samples / "images.npz").read_bytes())
+    content[3000] ^= 255
+    (tmp_path / "bad.npz").write_bytes(content)
+    said = refusal(f"gfid {tmp_path}/bad.npz {samples}/folder --weights {weights}")
+    assert "bad.npz is damaged: Bad CRC-32" in said
 
 
 def test_a_damaged_image_stops_the_count(tiny_run, weights, tmp_path):
