@@ -760,11 +760,20 @@ def reconstructions(tokenizer: nn.Module, images: Tensor, items: list[int], seed
     return {name: to_uint8(tokenizer.decode(z)).cpu() for name, z in (("mean", posterior.mean), ("sampled", sampled))}
 
 
+def lpips_at_hand(folder: str, device: torch.device) -> nn.Module | None:
+    """LPIPS, where both of its official files are there."""
+    if not all(official_path(name, folder).is_file() for name in ("vgg16", "lpips_vgg")):
+        return None
+    from losses import load_lpips  # so that this file can be copied without that one
+
+    return load_lpips(folder).to(device)
+
+
 def rfid(arguments: list[str]) -> None:
-    """rFID, PSNR and SSIM of a run's reconstructions against the very crops that were encoded."""
+    """rFID, PSNR, SSIM and, where its weights are, LPIPS of a run's reconstructions against the very crops that were encoded."""
     args = parse("rfid", "run", "data held_out seed weights resize card", arguments)
     begun, processes = time.perf_counter(), start()
-    evaluator = Evaluator.load(args, processes)
+    evaluator, lpips = Evaluator.load(args, processes), lpips_at_hand(args.weights, processes.device)
     run, dataset = open_run(args, processes)
     items = np.arange(len(dataset))
     if args.held_out:
@@ -780,6 +789,9 @@ def rfid(arguments: list[str]) -> None:
             for name, copies in reconstructions(run.tokenizer, images, chosen, args.seed).items():
                 part[f"rfid_{name}"] = evaluator.features(copies)
                 part |= {f"psnr_{name}": psnr(images, copies), f"ssim_{name}": ssim(images, copies)}
+                if lpips:
+                    pair = (to_float(x.to(processes.device)) for x in (copies, images))
+                    part[f"lpips_{name}"] = lpips(*pair).double().cpu()
             yield part
 
     with as_user_error(f"{args.run}: "):
@@ -792,7 +804,8 @@ def rfid(arguments: list[str]) -> None:
             features = found[f"rfid_{name}"].to(processes.device)
             distance, noise = frechet_distance(*statistics(features), *reference), frechet_spread(features, *reference)
             values[f"rfid_{name}"] = {"value": distance, "spread": noise}
-            values |= {key: average(found[key]) for key in (f"psnr_{name}", f"ssim_{name}")}
+            measured = [f"{metric}_{name}" for metric in ("psnr", "ssim", "lpips")]
+            values |= {key: average(found[key]) for key in measured if key in found}
     warn_of_few(args.data, len(items), len(reference[0]), processes)
     record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
     card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}

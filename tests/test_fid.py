@@ -15,7 +15,8 @@ from reference import ARRAYS, ENV, FID_ARRAYS, ROOT, array, command, low_rank_fe
 import data
 import fid
 import sample
-from data import OFFICIAL, UserError, save_checkpoint
+from data import OFFICIAL, ImageFolder, UserError, save_checkpoint, to_float
+from losses import load_lpips
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,8 +116,8 @@ INCEPTION = "pt_inception-2015-12-05-6726825d"
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A folder with a file of the official format with generated contents."""
-    return official_folder(tmp_path_factory.mktemp("weights"), INCEPTION)
+    """A folder with files of the official formats with generated contents."""
+    return official_folder(tmp_path_factory.mktemp("weights"), INCEPTION, "vgg16-397923af", "lpips_v0.1_vgg")
 
 
 @pytest.fixture(scope="session")
@@ -509,7 +510,7 @@ def test_no_figure_depends_on_the_process_count(samples, tiny_run, weights, tmp_
     assert set(card["values"]) == {"fid", "inception_score", "precision", "recall"} and card["N"] == 9
     assert card["reference"]["N"] == 8 and card["sampler"] == {"guidance": 2.0} and card["protocol"]["resize"] == "tf1"
     values = read(tmp_path / "1" / "rfid.json")["values"]
-    assert set(values) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim") for y in ("mean", "sampled")}
+    assert set(values) == {f"{x}_{y}" for x in ("rfid", "psnr", "ssim", "lpips") for y in ("mean", "sampled")}
     assert values["rfid_mean"] != values["rfid_sampled"]
 
 
@@ -520,6 +521,15 @@ def test_rfid_of_held_out_images(tiny_run, weights, tmp_path, monkeypatch):
         card = read(tmp_path / "x.json")
         assert card["N"] == card["reference"]["N"] == count
         assert (card["values"]["rfid_mean"]["spread"] is None) == (count == 2)
+    loaded = sample.load_run(tiny_run, torch.device("cpu"))
+    items = fid.split(24, 4)[1].tolist()
+    crops = torch.stack([ImageFolder(tiny_run / "images", 16)[i][0] for i in items])
+    copies = sample.reconstruct(loaded.tokenizer, crops)
+    distances = load_lpips(str(weights))(to_float(copies), to_float(crops))
+    assert card["values"]["lpips_mean"]["value"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    alone = official_folder(tmp_path / "alone", INCEPTION)
+    run(f"rfid {tiny_run} --data {tiny_run}/images --weights {alone} --card {tmp_path}/x.json --held_out")
+    assert "lpips_mean" not in read(tmp_path / "x.json")["values"]
 
 
 def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path):
