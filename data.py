@@ -23,7 +23,8 @@ from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -45,11 +46,13 @@ class UserError(Exception):
 
 
 def command_line(main: Callable[[list[str]], None]) -> None:
-    """Run main(arguments); UserError and what the system refuses become one line on stderr (from rank 0) and exit code 2."""
+    """Run main(arguments); UserError and what the system refuses become one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a UserError is the same on all ranks
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(
+            error, OSError
+        ):  # a UserError is the same on a whole machine
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -124,6 +127,10 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is true in any process. The flag travels between CPUs, so no GPU is waited for."""
+        return bool(self.sum(torch.tensor(float(here))) > 0)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -480,7 +487,7 @@ class Official(NamedTuple):
 
     file: str  # its name, in torch hub's cache and in a folder of one's own
     url: str
-    sha256: str  # of the file, or its start where only the file's name tells it; "" where none was published
+    sha256: str  # "" where none was published
     licence: str
     unused: tuple[str, ...] = ()  # keys with these parts may be in the file and are passed over
 
@@ -507,7 +514,7 @@ OFFICIAL = {
     "vgg16": Official(
         "vgg16-397923af.pth",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "397923af",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
         "BSD-3-Clause",
         ("classifier.",),
     ),
@@ -520,7 +527,7 @@ OFFICIAL = {
     "inception": Official(
         "pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "6726825d",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         "Apache-2.0",
         ("num_batches_tracked",),
     ),
@@ -529,6 +536,8 @@ OFFICIAL = {
 
 def official_path(name: str, folder: str = "") -> Path:
     """Where an official file is: in `folder` if it is there, else in torch hub's cache, whether it is there or not."""
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--weights {folder} is not a folder")
     own, cache = Path(folder), Path(torch.hub.get_dir()) / "checkpoints"
     return (own if folder and (own / OFFICIAL[name].file).is_file() else cache) / OFFICIAL[name].file
 
@@ -538,39 +547,48 @@ def find_official(names: list[str], folder: str, processes: Processes) -> None:
     failed = [""]
     if processes.first:
         try:
-            if folder and not Path(folder).is_dir():
-                raise UserError(f"--weights {folder} is not a folder")
             for name in names:
                 if not official_path(name, folder).is_file():
                     download(OFFICIAL[name], official_path(name, folder))
-        except UserError as error:
+        except (UserError, OSError) as error:
             failed = [str(error)]
     if processes.world > 1:
         dist.broadcast_object_list(failed)
     if failed[0]:
         raise UserError(failed[0])
+    missing = [OFFICIAL[name].file for name in names if not official_path(name, folder).is_file()]
+    if processes.any(bool(missing)):
+        raise UserError(
+            f"not all machines have {', '.join(missing) or 'the weight files'}: put them on a disk that all of them share "
+            f"and give --weights FOLDER"
+        )
 
 
 def download(official: Official, path: Path) -> None:
-    """Fetch a file, whole and with the right hash, or not at all; a later call starts anew."""
+    """Fetch a file, whole, with the right hash and readable, or not at all; a later call starts anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    mine = path.with_name(f"{path.name}.{os.getpid()}")  # another run may be fetching the same file
-    with replacing(mine) as temporary, open(temporary, "wb") as file:
-        for chunk in chunks(official):
-            file.write(chunk)
-            digest.update(chunk)
-        if not digest.hexdigest().startswith(official.sha256):
+    partial = path.with_name(
+        f"{path.name}.{uuid4().hex}.partial"
+    )  # of its own: another run may be fetching the same file
+    try:
+        with open(partial, "wb") as file:
+            for chunk in chunks(official):
+                file.write(chunk)
+        if not (sha256 := file_hash(partial)).startswith(official.sha256):
             raise UserError(
-                f"{official.url} gave a file with SHA-256 {digest.hexdigest()}, expected {official.sha256}; nothing was kept"
+                f"{official.url} gave a file with SHA-256 {sha256}, expected {official.sha256}; nothing was kept"
             )
-    os.replace(mine, path)
+        load_checkpoint(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def chunks(official: Official) -> Iterator[bytes]:
     """The bytes of official.url, with a progress bar. UserError when they cannot be had, all of them."""
+    request = Request(official.url, headers={"User-Agent": "mactok"})  # some servers refuse Python's own name
     try:
-        with urlopen(official.url, timeout=60) as source:
+        with urlopen(request, timeout=60) as source:
             total = int(source.headers.get("Content-Length") or 0)
             with tqdm(desc=official.file, total=total or None, unit="B", unit_scale=True) as bar:
                 while chunk := source.read(1 << 20):
@@ -586,31 +604,43 @@ def chunks(official: Official) -> Iterator[bytes]:
 
 
 def fill(network: nn.Module, name: str, folder: str = "") -> nn.Module:
-    """Give a network the weights of an official file, whose keys and shapes must be exactly its own; returns it frozen.
+    """Give a network the weights of an official file, whose keys, shapes and types must be its own; returns it frozen.
 
     In torch hub's cache it must also have the official hash; of one in `folder` it is only said that it has another.
     Raises UserError, with the hash and the first differing key.
     """
     official, path = OFFICIAL[name], official_path(name, folder)
-    state = {key: value for key, value in load_checkpoint(path).items() if not passed_over(key, official)}
-    wanted = {key: value for key, value in network.state_dict().items() if not passed_over(key, official)}
+    own = bool(folder) and path.parent == Path(folder)
     sha256 = file_hash(path)
     hashes = f"its SHA-256 is {sha256}, the official one's {official.sha256 or 'is not published'}"
-    for key in [*wanted, *state]:
-        expected, found = (getattr(part.get(key), "shape", None) for part in (wanted, state))
-        if expected != found:
-            shapes = [tuple(shape) if shape is not None else "absent" for shape in (found, expected)]
-            raise UserError(f"{path} is not {official.file}: {key} is {shapes[0]}, expected {shapes[1]}; {hashes}")
+    remedy = "" if own else "; delete it, and it is fetched again"
+    try:
+        state = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}; {hashes}{remedy}") from error
+    wanted, found = kinds(network.state_dict(), official), kinds(state, official)
+    for key in [*wanted, *found]:
+        if wanted.get(key) != found.get(key):
+            text = f"{key} is {found.get(key, 'absent')}, expected {wanted.get(key, 'absent')}"
+            raise UserError(f"{path} is not {official.file}: {text}; {hashes}{remedy}")
     if not sha256.startswith(official.sha256):
-        if not folder or path.parent != Path(folder):
-            raise UserError(f"{path} is damaged: {hashes}; delete it, and it is fetched again")
+        if not own:
+            raise UserError(f"{path} is damaged: {hashes}{remedy}")
         warn_once(f"{path} is not the official file: {hashes}")
-    network.load_state_dict(state, strict=False, assign=True)  # compared above
+    network.load_state_dict({key: state[key] for key in found}, strict=False, assign=True)  # compared above
     return network.eval().requires_grad_(False)
 
 
-def passed_over(key: str, official: Official) -> bool:
-    return any(part in key for part in official.unused)
+def kinds(state: dict, official: Official) -> dict[str, str]:
+    """{key: shape, and type if it is not float32} of what is used of a state dict."""
+    used = {key: value for key, value in state.items() if not any(part in key for part in official.unused)}
+    return {key: kind(value) for key, value in used.items()}
+
+
+def kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}" + ("" if value.dtype == torch.float32 else f" {value.dtype}")
 
 
 @lru_cache

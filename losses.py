@@ -100,15 +100,16 @@ class Head(nn.Module):
 class DinoDiscriminator(nn.Module):
     """Is it a photograph? Trained heads on features of a frozen DINO ViT-S/16 (section 4.1), as in StyleGAN-T.
 
-    Unlike released discriminators of this kind: DINO's own erf GELU and key bias; patch tokens only, the class token is not
-    added to them; images at their own size, for which DINO resamples its positions, instead of resized or cropped to 224;
-    small 2D heads without batch statistics, so that an image's logits do not depend on its batch.
+    Unlike released discriminators of this kind: DINO's own erf GELU and key bias; four levels, none of the tokens before the
+    first block; patch tokens only, the class token is not added to them; images at their own size, for which DINO resamples
+    its positions, instead of resized or cropped to 224; small 2D heads that normalise each token instead of the batch, so
+    that an image's logits do not depend on its batch.
 
     Only the heads are in state_dict() and parameters(). They stay in eval mode, in which spectral normalisation uses its
     stored singular vectors; `refine_norms` improves those, once per step however many forwards a step has.
     """
 
-    BLOCKS = (2, 5, 8, 11)
+    BLOCKS = (2, 5, 8, 11)  # counted from 0
 
     def __init__(self, vit: ViT):
         super().__init__()
@@ -258,15 +259,15 @@ class Adversary(nn.Module):
 
     def forward(self, pixels: Tensor, images: Tensor, u: Tensor, generate: bool) -> tuple[Tensor, Tensor | None, dict]:
         """pixels, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (if `generate`), logs."""
-        side = images.shape[-1] // self.discriminator.frozen[0].patch_size
+        rows = images.shape[-2] // self.discriminator.frozen[0].patch_size
         with torch.set_grad_enabled(generate):
             features = self.discriminator.features(diff_augment(pixels, u[:, 0], strong=False))
         with torch.no_grad():
             views = [diff_augment(images, u[:, 1], strong=False)]
             views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, pixels), (3, images))]
             others = self.discriminator.features(torch.cat(views))
-        fake = self.discriminator.judge([level.detach() for level in features], side)
-        real, fake_strong, real_strong = self.discriminator.judge(others, side).chunk(3)
+        fake = self.discriminator.judge([level.detach() for level in features], rows)
+        real, fake_strong, real_strong = self.discriminator.judge(others, rows).chunk(3)
         hinge = hinge_loss(real, fake)
         consistency = consistency_loss(real, real_strong) + consistency_loss(fake, fake_strong)
         lecam = self.lecam(real, fake)
@@ -274,7 +275,7 @@ class Adversary(nn.Module):
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
         loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
-        return loss, -self.discriminator.judge(features, side).mean() if generate else None, logs
+        return loss, -self.discriminator.judge(features, rows).mean() if generate else None, logs
 
     def measure(self, name: str, value: Tensor) -> None:
         self.measured[name] = self.measured.get(name, 0) + value
@@ -286,8 +287,9 @@ class Adversary(nn.Module):
         self.measured = {}
         self.lecam.update(torch.where(mean["logits"].isfinite(), mean["logits"], self.lecam.ema))
         if "adversarial" in mean:
-            weight = adaptive_weight(mean["reconstruction"], mean["adversarial"], MAX_ADAPTIVE_WEIGHT)
-            self.weight.copy_(torch.where(weight.isfinite(), weight, self.weight))
+            pair = mean["reconstruction"], mean["adversarial"]
+            finite = pair[0].norm().isfinite() & pair[1].norm().isfinite()
+            self.weight.copy_(torch.where(finite, adaptive_weight(*pair, MAX_ADAPTIVE_WEIGHT), self.weight))
         self.discriminator.refine_norms()
 
 

@@ -16,6 +16,7 @@ Stages, each with its own checkpoint in --out, done in turn unless --stage picks
 """
 
 import copy
+import gc
 import json
 import math
 import signal
@@ -39,7 +40,7 @@ from data import OFFICIAL, BadFiles, BatchSampler, ImageFolder, LatentCache, Par
 from data import as_user_error, batch_indices, command_line, file_hash, fill, find_official, load_checkpoint, loader
 from data import official_path, progress, replacing, save_checkpoint, split, spread, state_hash, to_float
 from data import write_image, write_text
-from fid import batch_rows, frechet_distance, gather, inception_features, load_inception
+from fid import InceptionV3, batch_rows, frechet_distance, gather, inception_features, load_inception
 from fid import psnr, ssim, statistics
 from losses import DRAWS, LPIPS, Adversary, Phase, PixelLosses, load_lpips
 from sample import Run, SamplerSettings, build_tokenizer, class_grid, default_guidance, generate, label_of, reconstruct
@@ -418,6 +419,7 @@ class Context:
     eval_items: np.ndarray
     bad: BadFiles
     dry: bool = False  # only a dry run
+    inception: InceptionV3 | None = None  # where its file is at hand
 
     def path(self, name: str) -> Path:
         return Path(self.config.out) / name
@@ -443,8 +445,9 @@ def fit(job: Job, context: Context) -> nn.Module:
     with StopSignals() as stop:
         bar = progress(range(first, job.steps), job.stage, processes, initial=first, total=job.steps)
         for step in bar:
-            if step in (first, job.joins):
-                forward = None  # an earlier wrapper's hooks end with it
+            if step == first or (job.adversary and step == job.joins):
+                forward = None
+                gc.collect()  # an earlier DDP is part of a cycle, and would keep its buckets
                 forward = parallel(job, step, processes)
             accumulate(forward, job, context, next(batches), pieces, step, meter)
             norms = update(optimizers, job.lr(step), skipped)
@@ -456,11 +459,11 @@ def fit(job: Job, context: Context) -> nn.Module:
             if done % config.log_every == 0 or done == job.steps:
                 line = meter.write(done, job.lr(step), skipped)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
-            if done % config.eval_every == 0 and done < job.steps:
-                meter.append({"stage": job.stage, "step": done, **job.evaluate(ema)})
-            stopping = stop.agreed(processes)
+            stopping = processes.any(stop.received)
             if stopping or done % config.save_every == 0 or done == job.steps:
                 save(job, context, ema, optimizers, done)
+            if done % config.eval_every == 0 and done < job.steps and not stopping:
+                meter.append({"stage": job.stage, "step": done, **job.evaluate(ema)})
             if stopping:
                 processes.barrier()  # rank 0 has saved
                 message = f"stopped at step {done} of stage {job.stage} and saved; run the same command again to go on"
@@ -490,7 +493,7 @@ def parallel(job: Job, step: int, processes: Processes) -> nn.Module:
         job.adversary.requires_grad_(step >= job.joins)
     if processes.world == 1:
         return job.objective
-    return DistributedDataParallel(job.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(job.objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def accumulate(
@@ -574,10 +577,6 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
-
-    def agreed(self, processes: Processes) -> bool:
-        """True on all processes if any was signalled. The flag travels between CPUs, so no GPU is waited for."""
-        return bool(processes.sum(torch.tensor(float(self.received))) > 0)
 
 
 class Meter:
@@ -957,10 +956,8 @@ def distance_features(context: Context) -> tuple[str, Callable[[Tensor], Tensor]
 
     FID where the official Inception file is at hand; else HOG features of a 4 x 4 grid, which are no FID.
     """
-    device = context.processes.device
-    if official_path("inception", context.config.weights).is_file():
-        model = load_inception(context.config.weights, device)
-        return "fid", lambda images: inception_features(model, images)
+    if context.inception is not None:
+        return "fid", lambda images: inception_features(context.inception, images)
     hog = HOG(4)
     return "hog_frechet_distance", lambda images: hog(to_float(images))[1].flatten(1)
 
@@ -1092,22 +1089,24 @@ def dry_run(context: Context) -> None:
     with torch.device("meta"):
         sit = SiT(config.tokens, config.channels, len(context.dataset.classes), config.sit)
     job.objective.to(device).train()
-    parallel(job, config.tokenizer_steps, Processes(0, 1, device))
+    optimizers = make_optimizers(job)
+    parallel(job, job.joins, Processes(0, 1, device))
+    if config.compile:
+        compile_blocks(job.objective)
     trained = sum(p.numel() for p in job.objective.parameters())
     pieces = micro_rows(config.batch_size, config.micro_batch, processes)
     width = pieces[0].stop - pieces[0].start
     measured = width if device.type == "cuda" else min(2, width)
     rows = slice(pieces[0].start, pieces[0].start + measured)
-    optimizers = make_optimizers(job)
     items = [int(context.train_items[i]) for i in batch_indices(len(context.train_items), measured, 0, 0, slice(None))]
     batch = next(iter(loader(context.dataset, [items], 0)))
-    last = config.tokenizer_steps - 1  # when every term counts
+    late = config.discriminator_start + config.discriminator_delay  # every term counts
     for _ in range(2):  # the first one warms up
         synchronize(device)
         start = time.perf_counter()
         with autocast(device):
             generator = step_generator(0, "tokenizer", 0, device)
-            loss, _ = job.objective(*job.inputs(batch, slice(0, len(items)), rows, last, generator))
+            loss, _ = job.objective(*job.inputs(batch, slice(0, len(items)), rows, late, generator))
         loss.backward()
         update(optimizers, 0.0, torch.zeros(2, device=device))
         synchronize(device)
@@ -1186,10 +1185,14 @@ def main(arguments: list[str]) -> None:
             print(f"{stages[0]}: done before")
         stages.pop(0)
     files = official_files(config, stages)
+    if stages and not processes.any(not official_path("inception", config.weights).is_file()):
+        files.append("inception")  # FID is reported if its weights are at hand, which is no reason to fetch them
     find_official(files, config.weights, processes)
+    if "inception" in files:
+        context.inception = load_inception(config.weights, processes.device)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     result["objective"] = objective_text(config)
-    hashes = {OFFICIAL[name].file: file_hash(official_path(name, config.weights)) for name in files}
+    hashes = {OFFICIAL[name].file: file_hash(official_path(name, config.weights)) for name in files if processes.first}
     result["weights"] = result.get("weights", {}) | hashes
     for name in stages:
         start = time.perf_counter()

@@ -49,12 +49,16 @@ def vit():
     return model.eval().requires_grad_(False)
 
 
-def test_discriminator_judges_each_patch_of_each_image_alone(vit):
+def test_discriminator_judges_each_patch_and_each_image_for_itself(vit):
     torch.manual_seed(0)
     discriminator = DinoDiscriminator(vit)
     images = torch.rand(3, 3, 32, 48) * 2 - 1
     logits = discriminator(images)
     assert logits.shape == (3, 4, 6)  # 4 levels, 2 x 3 patches
+    levels = vit.levels(vit.normalise(images), (2, 5, 8, 11))
+    for found, expected in zip(discriminator.features(images), levels, strict=True):
+        assert torch.equal(found, expected[:, 1:])  # without the class token
+    assert torch.allclose(discriminator.heads[0](3 * found + 1, 2), discriminator.heads[0](found, 2), atol=1e-5)
     torch.testing.assert_close(discriminator(images[1:2]), logits[1:2], atol=1e-5, rtol=0)
     assert sum(p.numel() for p in discriminator.parameters()) < 1e6  # DINO is not among them
     with pytest.raises(ValueError, match="multiples of 16, not 40 x 40"):
@@ -114,6 +118,11 @@ def test_augmented_views_differ_between_images_and_do_what_they_say():
     torch.testing.assert_close(cut[:, :, :8], image[:, :, :8])  # the middle of each colour range changes nothing
     bright = diff_augment(image, torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]]), True)
     torch.testing.assert_close(bright[:, :, :8], image[:, :, :8] + 0.4)
+    grey = image.mean(1, keepdim=True)
+    vivid = diff_augment(image, torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5]]), True)
+    torch.testing.assert_close(vivid[:, :, :8], (grey + 1.8 * (image - grey))[:, :, :8])
+    hard = diff_augment(image, torch.tensor([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5, 0.5]]), True)
+    torch.testing.assert_close(hard[:, :, :8], (image.mean() + 1.4 * (image - image.mean()))[:, :, :8])
 
 
 def test_adaptive_weight_on_two_layers_by_hand():
@@ -170,7 +179,8 @@ def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs
     loss, logs, gradient = weighed(painter, pixel, phase_at(config, 4), images, u)
     assert calls and "adversarial" not in logs
     torch.testing.assert_close(gradient, expected)  # it trains, and the decoder does not feel it
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pixel.adversary.parameters())
+    felt = {name: p.grad.abs().sum() for name, p in pixel.adversary.named_parameters()}
+    assert all(value > 1e-4 for name, value in felt.items() if "judge.bias" not in name)  # there the two sides cancel
     assert loss.item() == pytest.approx(plain.item())
     pixel.adversary.weight.fill_(7.0)
     loss, logs, gradient = weighed(painter, pixel, phase_at(config, 5), images, u)
@@ -179,6 +189,41 @@ def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs
     torch.testing.assert_close(gradient, expected + 0.2 * 7 * against)
     assert loss.item() == pytest.approx(plain.item() - 0.2 * 7 * fake.mean().item(), abs=1e-5)
     assert logs["adaptive_weight"] == 7
+
+
+def test_the_discriminators_loss_and_its_gradient_by_hand(vit):
+    torch.manual_seed(0)
+    adversary = Adversary(vit).requires_grad_(True)
+    adversary.lecam.ema.copy_(torch.tensor([0.3, -0.2]))
+    pixels, images, u = torch.rand(2, 3, 16, 16) - 0.5, torch.rand(2, 3, 16, 16) - 0.5, torch.rand(2, 4, DRAWS)
+    loss, _, logs = adversary(pixels, images, u, False)
+    gradients = torch.autograd.grad(loss, list(adversary.parameters()))
+    fake, real = (adversary.discriminator(diff_augment(x, u[:, i], False)) for x, i in ((pixels, 0), (images, 1)))
+    other_fake, other_real = (
+        adversary.discriminator(diff_augment(x, u[:, i], True)) for x, i in ((pixels, 2), (images, 3))
+    )
+    hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    consistency = sum((a.mean(2) - b.mean(2)).square().mean() for a, b in ((fake, other_fake), (real, other_real)))
+    lecam = (real + 0.2).clamp(min=0).square().mean() + (0.3 - fake).clamp(min=0).square().mean()
+    expected = hinge + 4 * consistency + 0.001 * lecam
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(adversary.parameters()))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(logs["discriminator"], hinge)
+
+
+def test_the_discriminator_learns_to_tell_two_sets_apart(vit):
+    torch.manual_seed(0)
+    adversary = Adversary(vit).requires_grad_(True)
+    pixels, images = torch.zeros(4, 3, 32, 32), torch.rand(4, 3, 32, 32) - 0.5
+    optimizer, hinges = torch.optim.Adam(adversary.parameters(), 1e-4), []
+    for _ in range(40):
+        loss, _, logs = adversary(pixels, images, torch.rand(4, 4, DRAWS), False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        hinges.append(logs["discriminator"].item())
+    assert hinges[-1] < hinges[0] - 0.1 and logs["logit_real"] > logs["logit_fake"] + 0.2
 
 
 def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vit):
@@ -196,11 +241,13 @@ def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vi
     )
     assert pixel.adversary.lecam.ema[1].item() == pytest.approx(0.001 * fake.item(), rel=1e-3)
     before = pixel.adversary.weight.clone()
-    pixel.adversary.measure("logits", torch.full((2,), float("nan")))  # of a step that was skipped
-    pixel.adversary.measure("reconstruction", torch.full((2,), float("nan")))
-    pixel.adversary.measure("adversarial", torch.ones(2))
-    pixel.adversary.finish_step(lambda total: total)
-    assert pixel.adversary.weight == before and pixel.adversary.lecam.ema.isfinite().all()
+    inf, nan = float("inf"), float("nan")
+    for first, second in ((nan, 1.0), (inf, 1.0), (1.0, inf), (3e38, 1.0)):  # of steps that were skipped
+        pixel.adversary.measure("logits", torch.full((2,), first))
+        pixel.adversary.measure("reconstruction", torch.full((2,), first))
+        pixel.adversary.measure("adversarial", torch.full((2,), second))
+        pixel.adversary.finish_step(lambda total: total)
+        assert pixel.adversary.weight == before and pixel.adversary.lecam.ema.isfinite().all()
 
 
 def test_perceptual_weight_ramps_and_the_adversary_joins_in_two_steps():

@@ -36,11 +36,13 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(images, weights):
-    """Arguments of a tiny run with every term of the objective: 20 steps per stage, the discriminator from 6, felt from 8.
+    """Arguments of a tiny run with every term of the objective: 20 steps per stage, the discriminator from 10, felt from 12.
+
+    So it joins in the very step at which other tests kill and resume.
 
     A small learning rate: rounding moves the kinks of VGG's max pools, and larger steps soon make that visible.
     """
-    terms = "--perceptual_weight 1 --perceptual_warmup 5 --adversarial_weight 0.2 --discriminator_start 6"
+    terms = "--perceptual_weight 1 --perceptual_warmup 5 --adversarial_weight 0.2 --discriminator_start 10"
     return f"{TINY} {TINY_STEPS} {terms} --discriminator_delay 2 --lr 1e-4 --weights {weights} --data {images}"
 
 
@@ -65,8 +67,13 @@ def same_weights(a, b, tolerance=0.0):
         if isinstance(x, dict):
             assert x.keys() == y.keys()
             [compare(x[key], y[key]) for key in x if key != "config"]
+        elif isinstance(x, list | tuple):
+            assert len(x) == len(y)
+            [compare(a, b) for a, b in zip(x, y)]
         elif isinstance(x, torch.Tensor):
             torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+        else:
+            assert x == y
 
     compare(data.load_checkpoint(a), data.load_checkpoint(b))
 
@@ -94,11 +101,21 @@ def test_a_run_leaves_what_it_promises(finished):
     assert set(expected.split()) <= line.keys() and line["step"] == 20 and line["skipped_steps"] == 0
     assert all(np.isfinite(value) for value in line.values() if not isinstance(value, str))
     assert 0 < line["adaptive_weight"] <= losses.MAX_ADAPTIVE_WEIGHT
-    assert "adversarial" in log_lines(finished, "decoder")[0]  # the discriminator goes on from stage tokenizer
-    assert "1 LPIPS" in result["objective"] and "0.2 adversarial (from step 8)" in result["objective"]
+    assert "adversarial" in log_lines(finished, "decoder")[0]
+    assert "1 LPIPS" in result["objective"] and "0.2 adversarial (from step 12)" in result["objective"]
     assert len(result["weights"]) == 3 and all(len(sha256) == 64 for sha256 in result["weights"].values())
     assert Image.open(finished / "samples.png").size == (8 * 64, 3 * 64)  # 3 classes
     assert log_lines(finished, "tokenizer")[0]["loss"] > line["loss"]
+
+
+def test_the_decoder_stage_goes_on_with_the_discriminator(finished, whole):
+    """Its weights, moving averages and adaptive weight are those of tokenizer.pt."""
+    config, _, _ = train.parse_config([*whole.split(), "--out", str(finished)])
+    context = train.open_context(config, data.Processes(0, 1, torch.device("cpu")))
+    found = train.decoder_job(context).objective.pixel.state_dict()
+    saved = data.load_checkpoint(finished / "tokenizer.pt")["model"]
+    assert found and all(torch.equal(value, saved[f"pixel.{key}"]) for key, value in found.items())
+    assert found["adversary.weight"] > 0
 
 
 def test_latent_statistics_are_those_of_the_latents(finished):
@@ -340,6 +357,9 @@ def test_presets_are_complete_and_consistent():
         assert values.keys() <= names
         config, _, _ = train.parse_config(["--preset", name, "--data", "x"])
         train.check_config(config, data.Processes(0, 8, torch.device("cpu")))
+        if name != "toy":  # the whole objective
+            assert (config.perceptual_weight, config.adversarial_weight, config.teacher) == (1.0, 0.2, "dinov2_vitb14")
+            assert config.encoder_init == ("dinov2_vits14" if config.size == "S" else "dinov2_vitb14")
     paper, _, _ = train.parse_config(["--data", "x"])
     assert paper.size == "B" and paper.image_size == 256 and paper.tokens == 128  # the default with data is b256
 

@@ -69,7 +69,7 @@ def test_a_missing_file_is_fetched_once_and_fills_a_network(server, content):
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
-def test_a_download_that_breaks_off_or_is_another_file_leaves_nothing_and_can_be_repeated(server, content):
+def test_a_download_that_breaks_off_or_is_another_file_leaves_nothing_and_can_be_repeated(server, content, monkeypatch):
     Server.sent = len(content) // 2
     with pytest.raises(data.UserError, match=f"broke after {Server.sent} of {len(content)} bytes.*--weights FOLDER"):
         data.find_official(["tiny"], "", ALONE)
@@ -78,7 +78,12 @@ def test_a_download_that_breaks_off_or_is_another_file_leaves_nothing_and_can_be
     with pytest.raises(data.UserError, match=r"gave a file with SHA-256 .* expected .*; nothing was kept"):
         data.find_official(["tiny"], "", ALONE)
     assert cached() == []
-    Server.content = content
+    monkeypatch.setitem(data.OFFICIAL, "tiny", data.OFFICIAL["tiny"]._replace(sha256=""))  # as of DINO: none published
+    Server.content, Server.sent = b"<html>log in</html>", 19
+    with pytest.raises(data.UserError, match="truncated or not a PyTorch file"):
+        data.find_official(["tiny"], "", ALONE)
+    assert cached() == []
+    Server.content, Server.sent = content, len(content)
     data.find_official(["tiny"], "", ALONE)
     assert cached() == ["tiny.pth"]
 
@@ -89,6 +94,12 @@ def test_a_wrong_file_in_the_cache_is_refused_with_its_hash_and_the_first_differ
     torch.save({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, path)
     wrong = data.file_hash(path)
     with pytest.raises(data.UserError, match=rf"weight is \(1, 3\), expected \(1, 2\); its SHA-256 is {wrong}"):
+        data.fill(nn.Linear(2, 1), "tiny")
+    torch.save(nn.Linear(2, 1).half().state_dict(), path)
+    with pytest.raises(data.UserError, match=r"weight is \(1, 2\) torch.float16, expected \(1, 2\);"):
+        data.fill(nn.Linear(2, 1), "tiny")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(data.UserError, match=r"truncated or not a PyTorch file; its SHA-256 is .*; delete it"):
         data.fill(nn.Linear(2, 1), "tiny")
     torch.save(nn.Linear(2, 1).state_dict(), path)  # fits, but is not what its authors released
     with pytest.raises(data.UserError, match=r"is damaged: its SHA-256 is .*; delete it"):
@@ -128,6 +139,11 @@ except data.UserError as error:
     Server.sent = 3
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["failed"] * 2 and Server.asked == 1 and cached() == []
+    (tmp_path / "hub_home" / "hub").rename(tmp_path / "hub_home" / "away")
+    (tmp_path / "hub_home" / "hub").write_text("a file where the cache should be")
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["failed"] * 2
+    (tmp_path / "hub_home" / "hub").unlink()
     Server.sent = len(Server.content)
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["found", "True"] * 2 and Server.asked == 2
@@ -136,8 +152,9 @@ except data.UserError as error:
 def test_every_official_file_has_a_source_a_licence_and_a_hash_or_none():
     for name, official in data.OFFICIAL.items():
         assert official.url.startswith("https://") and official.licence, name
-        assert len(official.sha256) in (0, 8, 64) and int(official.sha256 or "0", 16) >= 0
-        assert len(official.sha256) != 8 or official.sha256 in official.file
+        assert len(official.sha256) in (0, 64) and int(official.sha256 or "0", 16) >= 0
+        for part in official.file.removesuffix(".pth").split("-")[1:]:
+            assert len(part) != 8 or official.sha256.startswith(part)  # the name tells the start of the hash
     assert set(VITS) <= set(data.OFFICIAL)
 
 
