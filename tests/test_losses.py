@@ -5,7 +5,7 @@ import torch
 from reference import array, contract, fill, filled
 
 from align import ViT
-from losses import DRAWS, LPIPS, Adversary, DinoDiscriminator, LeCam, PixelLosses
+from losses import DRAWS, LPIPS, Adversary, DinoDiscriminator, LeCam, Phase, PixelLosses
 from losses import adaptive_weight, consistency_loss, diff_augment, hinge_loss
 from train import parse_config, phase_at
 
@@ -226,10 +226,14 @@ def test_the_discriminator_learns_to_tell_two_sets_apart(vit):
     assert hinges[-1] < hinges[0] - 0.1 and logs["logit_real"] > logs["logit_fake"] + 0.2
 
 
+VECTOR = "heads.0.reduce.parametrizations.weight.0._u"
+
+
 def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vit):
     config, _, _ = parse_config("--adversarial_weight 0.2 --discriminator_start 0 --discriminator_delay 0".split())
     painter, pixel = Painter(), PixelLosses(vit=vit)
     images, u = torch.rand(1, 3, 16, 16) - 0.5, torch.rand(1, 4, DRAWS)
+    vector = pixel.adversary.discriminator.state_dict()[VECTOR].clone()
     _, logs, _ = weighed(painter, pixel, phase_at(config, 0), images, u)
     assert logs["adaptive_weight"] == 0
     (first,) = torch.autograd.grad((painter() - images).square().mean(), painter.last.weight)
@@ -240,6 +244,7 @@ def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vi
         (first.norm() / second.norm()).clamp(max=100).item(), rel=1e-3
     )
     assert pixel.adversary.lecam.ema[1].item() == pytest.approx(0.001 * fake.item(), rel=1e-3)
+    assert not torch.equal(pixel.adversary.discriminator.state_dict()[VECTOR], vector)  # the norms are refined
     before = pixel.adversary.weight.clone()
     inf, nan = float("inf"), float("nan")
     for first, second in ((nan, 1.0), (inf, 1.0), (1.0, inf), (3e38, 1.0)):  # of steps that were skipped
@@ -248,6 +253,15 @@ def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vi
         pixel.adversary.measure("adversarial", torch.full((2,), second))
         pixel.adversary.finish_step(lambda total: total)
         assert pixel.adversary.weight == before and pixel.adversary.lecam.ema.isfinite().all()
+
+
+def test_lpips_reaches_the_decoder_with_its_weight(lpips):
+    painter, images = Painter(), torch.rand(1, 3, 16, 16) - 0.5
+    loss, logs, gradient = weighed(painter, PixelLosses(lpips), Phase(2.0, False, 0.0), images, None)
+    expected = (painter() - images).square().mean() + 2 * lpips(painter(), images).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, painter.last.weight)[0])
+    assert logs["lpips"] > 0
 
 
 def test_perceptual_weight_ramps_and_the_adversary_joins_in_two_steps():
