@@ -242,7 +242,7 @@ def objective_text(config: Config) -> str:
         terms.append(f"{config.adversarial_weight:g} adversarial (from step {joins})")
     off = [] if config.perceptual_weight else ["LPIPS (--perceptual_weight)"]
     off += [] if config.adversarial_weight else ["discriminator (--adversarial_weight)"]
-    return " + ".join(terms) + (f"; off, for they need official weights: {', '.join(off)}" if off else "")
+    return " + ".join(terms) + (f"; off: {', '.join(off)}, which need official weights" if off else "")
 
 
 def load_vit(name: str, context: "Context") -> ViT:

@@ -279,7 +279,7 @@ def test_dinov2_teacher_and_encoder_train(images, weights, tmp_path):
     words = f"--size S --teacher dinov2_vits14_reg --encoder_init dinov2_vits14 --weights {weights} --lr 0"
     steps = "--batch_size 2 --tokenizer_steps 1 --stage tokenizer"
     done = succeed("train.py", TINY, words, steps, f"--data {images} --out {tmp_path}/out")
-    assert "alignment with dinov2_vits14_reg; off, for they need official weights: LPIPS" in done.stdout
+    assert "alignment with dinov2_vits14_reg; off: LPIPS (--perceptual_weight), discriminator" in done.stdout
     assert done.stderr.count("is not the official file") == 2  # the contents are generated
     model = data.load_checkpoint(tmp_path / "out" / "tokenizer.pt")["ema"]
     torch.testing.assert_close(
