@@ -809,6 +809,8 @@ def rfid(arguments: list[str]) -> None:
     warn_of_few(args.data, len(items), len(reference[0]), processes)
     record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
     card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}
+    if lpips:
+        card["lpips_weights"] = {name: file_hash(official_path(name, args.weights)) for name in ("vgg16", "lpips_vgg")}
     finish(card | {"run": args.run, "seed": args.seed}, begun, args.card or Path(args.run) / "rfid.json")
 
 
