@@ -288,6 +288,19 @@ def test_dinov2_teacher_and_encoder_train(images, weights, tmp_path):
     )
 
 
+def test_fid_is_reported_under_that_name_where_its_weights_are_at_hand(images, tmp_path):
+    file = data.OFFICIAL["inception"].file
+    folder, steps = official_folder(tmp_path / "weights", file.removesuffix(".pth")), "--tokenizer_steps 2"
+    words = f"{TINY} {steps} --stage tokenizer --data {images} --weights {folder} --out {tmp_path}/out"
+    succeed("train.py", words)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["tokenizer"]["fid"] > 0 and "hog_frechet_distance" not in result["tokenizer"]
+    assert result["weights"] == {file: data.file_hash(folder / file)}
+    os.truncate(folder / file, 1000)
+    done = call("train.py", words.replace("/out", "/other"))
+    assert done.returncode == 2 and "truncated" in done.stderr and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_built_in_shapes_take_the_papers_token_counts(tokens):
     config, _, _ = train.parse_config(["--tokens", str(tokens)])
