@@ -550,8 +550,10 @@ def find_official(names: list[str], folder: str, processes: Processes) -> None:
             for name in names:
                 if not official_path(name, folder).is_file():
                     download(OFFICIAL[name], official_path(name, folder))
-        except (UserError, OSError) as error:
+        except UserError as error:
             failed = [str(error)]
+        except OSError as error:
+            failed = [f"cannot write into torch hub's cache ({error}); or give a folder of your own: --weights FOLDER"]
     if processes.world > 1:
         dist.broadcast_object_list(failed)
     if failed[0]:
@@ -567,18 +569,20 @@ def find_official(names: list[str], folder: str, processes: Processes) -> None:
 def download(official: Official, path: Path) -> None:
     """Fetch a file, whole, with the right hash and readable, or not at all; a later call starts anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(
-        f"{path.name}.{uuid4().hex}.partial"
-    )  # of its own: another run may be fetching the same file
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # another run may be fetching the same file
     try:
         with open(partial, "wb") as file:
             for chunk in chunks(official):
                 file.write(chunk)
-        if not (sha256 := file_hash(partial)).startswith(official.sha256):
+        sha256 = file_hash(partial)
+        if official.sha256 not in ("", sha256):
             raise UserError(
                 f"{official.url} gave a file with SHA-256 {sha256}, expected {official.sha256}; nothing was kept"
             )
-        load_checkpoint(partial)
+        try:
+            load_checkpoint(partial)
+        except UserError:
+            raise UserError(f"{official.url} gave what is not a PyTorch weight file; nothing was kept") from None
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -623,7 +627,7 @@ def fill(network: nn.Module, name: str, folder: str = "") -> nn.Module:
         if wanted.get(key) != found.get(key):
             text = f"{key} is {found.get(key, 'absent')}, expected {wanted.get(key, 'absent')}"
             raise UserError(f"{path} is not {official.file}: {text}; {hashes}{remedy}")
-    if not sha256.startswith(official.sha256):
+    if official.sha256 not in ("", sha256):
         if not own:
             raise UserError(f"{path} is damaged: {hashes}{remedy}")
         warn_once(f"{path} is not the official file: {hashes}")
