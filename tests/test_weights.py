@@ -80,7 +80,7 @@ def test_a_download_that_breaks_off_or_is_another_file_leaves_nothing_and_can_be
     assert cached() == []
     monkeypatch.setitem(data.OFFICIAL, "tiny", data.OFFICIAL["tiny"]._replace(sha256=""))  # as of DINO: none published
     Server.content, Server.sent = b"<html>log in</html>", 19
-    with pytest.raises(data.UserError, match="tiny.pth gave what is not a PyTorch weight file; nothing was kept"):
+    with pytest.raises(data.UserError, match=r"tiny.pth gave what is not a PyTorch weight file; nothing was kept"):
         data.find_official(["tiny"], "", ALONE)
     assert cached() == []
     Server.content, Server.sent = content, len(content)
