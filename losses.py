@@ -55,7 +55,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.vgg["features"]):
             x = layer(x)
             if i in self.taps:
-                found.append(x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
+                found.append(x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10))
         return found
 
     def layers(self, images: Tensor, targets: Tensor) -> Tensor:
