@@ -50,9 +50,8 @@ def command_line(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(
-            error, OSError
-        ):  # a UserError is the same on a whole machine
+        # The processes of a machine find the same UserError, and the first one says it.
+        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -534,6 +533,9 @@ OFFICIAL = {
 }
 
 
+LPIPS_FILES = ("vgg16", "lpips_vgg")
+
+
 def official_path(name: str, folder: str = "") -> Path:
     """Where an official file is: in `folder` if it is there, else in torch hub's cache, whether it is there or not."""
     if folder and not Path(folder).is_dir():
@@ -542,13 +544,18 @@ def official_path(name: str, folder: str = "") -> Path:
     return (own if folder and (own / OFFICIAL[name].file).is_file() else cache) / OFFICIAL[name].file
 
 
+def at_hand(folder: str, *names: str) -> bool:
+    """Whether these official files are all there."""
+    return all(official_path(name, folder).is_file() for name in names)
+
+
 def find_official(names: list[str], folder: str, processes: Processes) -> None:
     """See that the files are there: rank 0 fetches what is missing into torch hub's cache. Raises UserError on all ranks."""
     failed = [""]
     if processes.first:
         try:
             for name in names:
-                if not official_path(name, folder).is_file():
+                if not at_hand(folder, name):
                     download(OFFICIAL[name], official_path(name, folder))
         except UserError as error:
             failed = [str(error)]
@@ -558,7 +565,7 @@ def find_official(names: list[str], folder: str, processes: Processes) -> None:
         dist.broadcast_object_list(failed)
     if failed[0]:
         raise UserError(failed[0])
-    missing = [OFFICIAL[name].file for name in names if not official_path(name, folder).is_file()]
+    missing = [OFFICIAL[name].file for name in names if not at_hand(folder, name)]
     if processes.any(bool(missing)):
         raise UserError(
             f"not all machines have {', '.join(missing) or 'the weight files'}: put them on a disk that all of them share "

@@ -33,9 +33,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, file_hash
-from data import fill, find_official, image_tensor, list_images, official_path, progress, read_image, replacing
-from data import split, spread, to_float, to_uint8, write_text
+from data import LPIPS_FILES, OFFICIAL, ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, at_hand
+from data import command_line, file_hash, fill, find_official, image_tensor, list_images, official_path, progress
+from data import read_image, replacing, split, spread, to_float, to_uint8, write_text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -762,7 +762,7 @@ def reconstructions(tokenizer: nn.Module, images: Tensor, items: list[int], seed
 
 def lpips_at_hand(folder: str, device: torch.device) -> nn.Module | None:
     """LPIPS, where both of its official files are there."""
-    if not all(official_path(name, folder).is_file() for name in ("vgg16", "lpips_vgg")):
+    if not at_hand(folder, *LPIPS_FILES):
         return None
     from losses import load_lpips  # so that this file can be copied without that one
 
@@ -810,7 +810,7 @@ def rfid(arguments: list[str]) -> None:
     record = {"path": args.data, "N": len(items), "hash": set_hash(found["digests"])}
     card = {"command": "rfid", "values": values, "N": len(items), "reference": record, "protocol": evaluator.protocol}
     if lpips:
-        card["lpips_weights"] = {name: file_hash(official_path(name, args.weights)) for name in ("vgg16", "lpips_vgg")}
+        card["lpips_weights"] = {name: file_hash(official_path(name, args.weights)) for name in LPIPS_FILES}
     finish(card | {"run": args.run, "seed": args.seed}, begun, args.card or Path(args.run) / "rfid.json")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from align import ViT
-from data import fill
+from data import LPIPS_FILES, fill
 
 CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
 LECAM_WEIGHT = 0.001  # (paper B.1)
@@ -75,8 +75,8 @@ class LPIPS(nn.Module):
 def load_lpips(folder: str = "") -> LPIPS:
     """LPIPS with its two official files (data.fill says where from and what is raised), frozen."""
     lpips = LPIPS()
-    fill(lpips.vgg, "vgg16", folder)
-    fill(lpips.linear, "lpips_vgg", folder)
+    for network, name in zip((lpips.vgg, lpips.linear), LPIPS_FILES):
+        fill(network, name, folder)
     return lpips.eval()
 
 

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import masking
 from align import HOG, VITS, Alignment, DINOv2, ViT
-from data import OFFICIAL, BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes, UserError
-from data import as_user_error, batch_indices, command_line, file_hash, fill, find_official, load_checkpoint, loader
-from data import official_path, progress, replacing, save_checkpoint, split, spread, state_hash, to_float
-from data import write_image, write_text
+from data import LPIPS_FILES, OFFICIAL, BadFiles, BatchSampler, ImageFolder, LatentCache, Parser, Processes, Shapes
+from data import UserError, as_user_error, at_hand, batch_indices, command_line, file_hash, fill, find_official
+from data import load_checkpoint, loader, official_path, progress, replacing, save_checkpoint, split, spread
+from data import state_hash, to_float, write_image, write_text
 from fid import InceptionV3, batch_rows, frechet_distance, gather, inception_features, load_inception
 from fid import psnr, ssim, statistics
 from losses import DRAWS, LPIPS, Adversary, Phase, PixelLosses, load_lpips
@@ -227,7 +227,7 @@ def official_files(config: Config, stages: list[str]) -> list[str]:
     """Which official files (data.OFFICIAL) these stages need."""
     names = [config.teacher, config.encoder_init] if "tokenizer" in stages else []
     if "tokenizer" in stages or "decoder" in stages:
-        names += ["vgg16", "lpips_vgg"] if config.perceptual_weight else []
+        names += LPIPS_FILES if config.perceptual_weight else ()
         names += ["dino_vits16"] if config.adversarial_weight else []
     return [name for name in OFFICIAL if name in names]
 
@@ -252,7 +252,7 @@ def load_vit(name: str, context: "Context") -> ViT:
 
 def absent(context: "Context", *names: str) -> bool:
     """Whether this is a dry run that has to do without these official files."""
-    return context.dry and not all(official_path(name, context.config.weights).is_file() for name in names)
+    return context.dry and not at_hand(context.config.weights, *names)
 
 
 def frozen(network: nn.Module, context: "Context") -> nn.Module:
@@ -275,7 +275,7 @@ def pixel_losses(context: "Context") -> PixelLosses:
     """With the networks that the configuration asks for."""
     config, lpips, vit = context.config, None, None
     if config.perceptual_weight:
-        lpips = LPIPS() if absent(context, "vgg16", "lpips_vgg") else load_lpips(config.weights)
+        lpips = LPIPS() if absent(context, *LPIPS_FILES) else load_lpips(config.weights)
         frozen(lpips, context)
     if config.adversarial_weight:
         vit = frozen(load_vit("dino_vits16", context), context)
@@ -783,19 +783,33 @@ def tokenizer_job(context: Context) -> Job:
         phase = phase_at(config, step)
         return images, mask, latent_mask, noise, cls, patches, phase, augmentation(config, phase, rows, generator)
 
+    objective = TokenizerObjective(config, tokenizer, teacher.width, pixel)
+    return image_job(context, "tokenizer", objective, inputs, warmup_cosine(config), before=0)
+
+
+def image_job(
+    context: Context,
+    stage: str,
+    objective: TokenizerObjective | DecoderObjective,
+    inputs: Inputs,
+    lr: Callable[[int], float],
+    before: int,
+) -> Job:
+    """A stage on images, after `before` steps of the stages that share its discriminator."""
+    config = context.config
     return Job(
-        stage="tokenizer",
-        objective=TokenizerObjective(config, tokenizer, teacher.width, pixel),
-        model=tokenizer,
+        stage=stage,
+        objective=objective,
+        model=objective.tokenizer,
         inputs=inputs,
         batches=image_batches(context),
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
-        steps=config.tokenizer_steps,
-        lr=warmup_cosine(config),
+        steps=getattr(config, f"{stage}_steps"),
+        lr=lr,
         evaluate=lambda average: reconstruction_quality(average, context),
-        adversary=pixel.adversary,
-        joins=config.discriminator_start,
+        adversary=objective.pixel.adversary,
+        joins=config.discriminator_start - before,
     )
 
 
@@ -834,20 +848,7 @@ def decoder_job(context: Context) -> Job:
     def lr(step: int) -> float:
         return config.lr / 10 * (1 - step / config.decoder_steps)
 
-    return Job(
-        stage="decoder",
-        objective=DecoderObjective(tokenizer, pixel),
-        model=tokenizer,
-        inputs=inputs,
-        batches=image_batches(context),
-        batch_size=config.batch_size,
-        micro_batch=config.micro_batch,
-        steps=config.decoder_steps,
-        lr=lr,
-        evaluate=lambda average: reconstruction_quality(average, context),
-        adversary=pixel.adversary,
-        joins=config.discriminator_start - config.tokenizer_steps,
-    )
+    return image_job(context, "decoder", DecoderObjective(tokenizer, pixel), inputs, lr, before=config.tokenizer_steps)
 
 
 def encoder_stamp(context: Context, tokenizer: Tokenizer) -> str:
@@ -1185,7 +1186,7 @@ def main(arguments: list[str]) -> None:
             print(f"{stages[0]}: done before")
         stages.pop(0)
     files = official_files(config, stages)
-    if stages and not processes.any(not official_path("inception", config.weights).is_file()):
+    if stages and not processes.any(not at_hand(config.weights, "inception")):
         files.append("inception")  # FID is reported if its weights are at hand, which is no reason to fetch them
     find_official(files, config.weights, processes)
     if "inception" in files:

@@ -202,7 +202,7 @@ def bench_damage(folder: str, weights: str, processes: Processes) -> None:
             copies = torch.stack([image_tensor(damage(crop, amount) if damage else crop) for crop in crops])
             found.setdefault((damage, amount), []).append(inception_features(model, copies))
     originals = statistics(torch.cat(found[None, 0]))
-    official = sha256.startswith(OFFICIAL["inception"].sha256)
+    official = sha256 == OFFICIAL["inception"].sha256
     kind = "official" if official else "not the official ones" if weights else "random"
     print(f"{len(files)} images; Inception weights: {kind}")
     for (damage, amount), parts in found.items():
