@@ -560,7 +560,9 @@ def find_official(names: list[str], folder: str, processes: Processes) -> None:
         except UserError as error:
             failed = [str(error)]
         except OSError as error:
-            failed = [f"cannot write into torch hub's cache ({error}); or give a folder of your own: --weights FOLDER"]
+            failed = [
+                f"cannot write into torch hub's cache ({error}); mend that, or give a folder of files: --weights FOLDER"
+            ]
     if processes.world > 1:
         dist.broadcast_object_list(failed)
     if failed[0]:

@@ -71,7 +71,9 @@ class Config:
     channels: int = arg(16, "C, channels per token (paper: 32)")
     size: str = arg("toy", "tokenizer size: toy, S, B, BL (paper: B)")
     teacher: str = arg("hog", "what z is aligned with: hog, dinov2_vitb14 (paper), or another official DINOv2")
-    encoder_init: str = arg("none", "DINOv2 of the encoder's width that it starts from, such as dinov2_vitb14, or none")
+    encoder_init: str = arg(
+        "none", "DINOv2 of the encoder's width that it starts from (paper), such as dinov2_vitb14, or none"
+    )
     weights: str = arg("", "folder with official weight files (empty: torch hub's cache, filled from the internet)")
     mask: str = arg("mixed", "mixed (paper), random, semantic, none, or latent (the paper's failing ablation)")
     mask_ratio: float = arg(0.4, "M in m = max(0, U(-0.1, M)) (paper: 0.7)")
