@@ -122,7 +122,7 @@ data.OFFICIAL["tiny"] = data.Official(*{tuple(data.OFFICIAL["tiny"])!r})
 processes = data.Processes.start()
 try:
     data.find_official(["tiny"], "", processes)
-    print(f"found {data.official_path("tiny").is_file()}")  # in one piece: two processes write at once
+    print("found " + str(data.official_path("tiny").is_file()))  # in one piece: two processes write at once
 except data.UserError as error:
     print("failed")
 """
