@@ -1,13 +1,16 @@
-"""Aligning the latents with a frozen teacher's features (paper section 3.3, eq. 3-6).
+"""Frozen teachers, and heads that compare the latents with what they see (paper section 3.3, eq. 3-6).
 
-    cls, patches = teacher(images)              (B, D), (B, N, D)   no gradient
-    local, global_ = Alignment(C, D)(z, cls, patches)
+    targets = teacher(images)           cls (B, D), patches (B, N, D)   no gradient
+    losses = head(z, targets, mask)     {term: loss}: a head is a trained module with this call
 
-Two teachers share that call: `DINOv2` (official weights) and `HOG` (no weights: gradients and colours, for offline use).
-This is the only file that turns [-1, 1] images into a teacher's input. Its `ViT` is also the discriminator's (losses.py).
+Two teachers: `DINOv2` (official weights) and `HOG` (no weights: gradients and colours, for offline use). This is the only file
+that turns [-1, 1] images into a teacher's input. `DINO` is no teacher, but what the discriminator of losses.py looks through.
+
+    python -c "import torch as t, align as a; print(a.Alignment(16, 64, 11)(t.zeros(2, 4, 16), a.HOG(8)(t.zeros(2, 3, 32, 32))))"
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ VITS = {
 
 
 class ViT(nn.Module):
-    """The backbone of DINOv2 or DINO, with the parameter names and shapes of the official files (data.fill loads them)."""
+    """The backbone of DINOv2 or DINO, with the parameter names and shapes of the official files."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -96,9 +99,9 @@ class ViT(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2 as a teacher. `grid` is the side of the patch grid that forward returns, sqrt(N)."""
 
-    def __init__(self, vit: ViT, grid: int):
+    def __init__(self, name: str, grid: int):
         super().__init__()
-        self.vit, self.grid, self.width = vit, grid, vit.width
+        self.vit, self.grid = ViT(name), grid
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +116,20 @@ class DINOv2(nn.Module):
         return cls, patches
 
 
+class DINO(nn.Module):
+    """DINO ViT-S/16 as the discriminator sees through it: patch tokens of four levels, without the final norm."""
+
+    def __init__(self, blocks: tuple[int, ...] = (2, 5, 8, 11)):
+        super().__init__()
+        self.vit, self.levels = ViT("dino_vits16"), blocks
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) around [-1, 1], sides multiples of 16 -> per level (B, D, H / 16, W / 16)."""
+        tokens = self.vit.levels(self.vit.normalise(images), self.levels)
+        rows = images.shape[-2] // self.vit.patch_size
+        return [level[:, 1:].transpose(1, 2).unflatten(2, (rows, -1)) for level in tokens]
+
+
 class HOG(nn.Module):
     """A teacher without weights (ours): per patch a histogram of gradient orientations and the mean colour.
 
@@ -120,11 +137,11 @@ class HOG(nn.Module):
     cos(cls, patch) is high where a patch differs from the average of the image in the way most salient patches do.
     """
 
-    BINS = 8
+    BINS, WIDTH = 8, 11
 
     def __init__(self, grid: int):
         super().__init__()
-        self.width, self.grid = self.BINS + 3, grid
+        self.grid = grid
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,23 +163,43 @@ class HOG(nn.Module):
         return cls, patches
 
 
+# By name: grid -> teacher.
+TEACHERS = {"hog": HOG} | {name: partial(DINOv2, name) for name in VITS if name.startswith("dinov2")}
+
+
 class Alignment(nn.Module):
-    """Local and global alignment of z (B, L, C) with teacher features of width D (eq. 3-6), 1 - cosine each."""
+    """Local and global alignment of z (B, L, C) with teacher features of width D, 1 - cosine each (eq. 3-6)."""
 
     def __init__(self, channels: int, hidden: int, teacher_width: int):
         super().__init__()
         self.local_mlp = Mlp(channels, hidden, teacher_width)
         self.global_mlp = Mlp(channels, hidden, teacher_width)
 
-    def forward(self, z: Tensor, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """-> two losses in [0, 2], means over the batch: local (eq. 3-4), global (eq. 5-6)."""
+    def forward(self, z: Tensor, targets: tuple[Tensor, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+        """-> local (eq. 3, 5, 6) and global (eq. 4, 5, 6), means over the batch in [0, 2]. The mask is of no matter here."""
+        cls, patches = targets
         # eq. 3 repeats each latent N/L times before the MLP; the MLP acts per token, so repeating its output is equal.
         repeats = patches.shape[1] // z.shape[1]
         local = self.local_mlp(z).repeat_interleave(repeats, dim=1)  # (B, N, D)
-        global_ = self.global_mlp(z.mean(dim=1))  # (B, D)
-        return cosine_loss(local, patches), cosine_loss(global_, cls)
+        global_ = self.global_mlp(z.mean(dim=1))  # (B, D): eq. 4
+        return {"local": cosine_loss(local, patches), "global": cosine_loss(global_, cls)}
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - mean cosine over all vectors, in float32."""
+    """Eq. 6: 1 - mean cosine over all vectors, in float32."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+class Heads(nn.ModuleList):
+    """Some heads as one: (z, targets, mask) -> {term: loss} of all of them."""
+
+    def forward(self, z: Tensor, targets: tuple[Tensor, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {term: loss for head in self for term, loss in head(z, targets, mask).items()}
+
+
+def build_heads(weights: dict[str, float], channels: int, hidden: int, teacher: str) -> Heads:
+    """The heads of which some term has a weight, for the targets of a teacher of TEACHERS."""
+    heads = Heads()
+    if weights["local"] or weights["global"]:
+        heads.append(Alignment(channels, hidden, VITS[teacher][0] if teacher in VITS else HOG.WIDTH))
+    return heads

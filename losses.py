@@ -1,33 +1,34 @@
 """What a reconstruction is compared with, besides its pixels (paper eq. 7, section 4.1, B.1): modules and pure functions.
 
-    LPIPS              distance in VGG16 features, official weights
-    DinoDiscriminator  light trained heads on a frozen DINO ViT-S/16; hinge_loss, diff_augment, consistency_loss, LeCam
-    adaptive_weight    balances the adversarial gradient against the reconstruction's
-    PixelLosses        all of them together, in the proportions of a `Phase`
+    LPIPS            distance in VGG16 features, official weights
+    Discriminator    light trained heads on a frozen network's features; hinge_loss, diff_augment, consistency_loss, LeCam
+    Adversary        the discriminator with its regularisers and the adaptive weight of its gradient
 
-There is no schedule here: train.py decides when a term counts. Images are (B, 3, H, W) in [-1, 1].
+There is no schedule here: train.py decides when a term counts. Images are (B, 3, H, W) in [-1, 1]. Frozen networks are handed
+in as arguments: `eye(images)` gives a list of feature maps (B, D, h, w).
+
+    python -c "import torch, losses; x = torch.zeros(2, 3, 64, 64); print(losses.LPIPS()(x, x))"
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-
-from align import ViT
-from data import LPIPS_FILES, fill
 
 CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
 LECAM_WEIGHT = 0.001  # (paper B.1)
+LECAM_DECAY = 0.999  # of its moving averages (config: SoftVQ-VAE)
 MAX_ADAPTIVE_WEIGHT = 100.0  # (ours)
+
+Eye = Callable[[Tensor], list[Tensor]]
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity, VGG16, version 0.1 (Zhang et al. 2018). `load_lpips` gives it its weights.
+    """Learned perceptual image patch similarity, VGG16, version 0.1 (Zhang et al. 2018), without weights as it is made.
 
-    forward(images, targets) -> (B,), at least 0; the gradient flows to `images` only.
+    `vgg` and `linear` have the names of the official files. forward(images, targets) -> (B,), at least 0; the gradient flows
+    to `images` only.
     """
 
     CONVS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a max pool between the groups
@@ -41,7 +42,7 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width
             self.taps.append(len(layers) - 1)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-        self.vgg = nn.ModuleDict({"features": nn.Sequential(*layers)})  # named as in the official files
+        self.vgg = nn.ModuleDict({"features": nn.Sequential(*layers)})
         kernels = [nn.Conv2d(group[-1], 1, 1, bias=False) for group in self.CONVS]
         self.linear = nn.ModuleDict(
             {f"lin{i}": nn.ModuleDict({"model": nn.Sequential(nn.Identity(), k)}) for i, k in enumerate(kernels)}
@@ -72,78 +73,65 @@ class LPIPS(nn.Module):
         return self.layers(images, targets).sum(1)
 
 
-def load_lpips(folder: str = "") -> LPIPS:
-    """LPIPS with its two official files (data.fill says where from and what is raised), frozen."""
-    lpips = LPIPS()
-    for network, name in zip((lpips.vgg, lpips.linear), LPIPS_FILES):
-        fill(network, name, folder)
-    return lpips.eval()
+class NormedConv(nn.Conv2d):
+    """A convolution of the same size whose kernel is divided by its largest singular value u W v (Miyato et al. 2018)."""
+
+    def __init__(self, channels: int, out: int, kernel: int):
+        super().__init__(channels, out, kernel, padding=kernel // 2)
+        self.register_buffer("u", torch.randn(out))
+        self.register_buffer("v", torch.randn(channels * kernel**2))
+        for _ in range(15):
+            self.refine()
+
+    @torch.no_grad()
+    def refine(self) -> None:
+        """One power iteration: u and v move towards the first singular vectors of the kernel."""
+        matrix = self.weight.flatten(1)
+        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = self.u @ self.weight.flatten(1) @ self.v
+        return F.conv2d(x, self.weight / largest, self.bias, padding=self.padding)
 
 
 class Head(nn.Module):
-    """DINO's patch tokens of one level (B, N, D) on a rows x columns grid -> a logit per patch (B, N)."""
+    """Features of one level (B, D, h, w) -> a logit per place (B, h w)."""
 
     def __init__(self, width: int, hidden: int = 128):
         super().__init__()
-        self.reduce = spectral_norm(nn.Conv2d(width, hidden, 1))
-        self.mix = spectral_norm(nn.Conv2d(hidden, hidden, 3, padding=1))
-        self.judge = spectral_norm(nn.Conv2d(hidden, 1, 1))
+        self.reduce = NormedConv(width, hidden, 1)
+        self.mix = NormedConv(hidden, hidden, 3)
+        self.judge = NormedConv(hidden, 1, 1)
 
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
-        x = F.layer_norm(tokens.float(), tokens.shape[-1:])  # the levels differ in scale
-        x = x.transpose(1, 2).unflatten(2, (rows, -1))
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]).movedim(-1, 1)  # the levels differ in scale
         x = F.leaky_relu(self.reduce(x), 0.2)
         x = (x + F.leaky_relu(self.mix(x), 0.2)) / 2**0.5
         return self.judge(x).flatten(1)
 
 
-class DinoDiscriminator(nn.Module):
+class Discriminator(nn.Module):
     """Is it a photograph? Trained heads on features of a frozen DINO ViT-S/16 (section 4.1), as in StyleGAN-T.
 
     Unlike released discriminators of this kind: DINO's own erf GELU and key bias; four levels, none of the tokens before the
     first block; patch tokens only, the class token is not added to them; images at their own size, for which DINO resamples
     its positions, instead of resized or cropped to 224; small 2D heads that normalise each token instead of the batch, so
     that an image's logits do not depend on its batch.
-
-    Only the heads are in state_dict() and parameters(). They stay in eval mode, in which spectral normalisation uses its
-    stored singular vectors; `refine_norms` improves those, once per step however many forwards a step has.
     """
 
-    BLOCKS = (2, 5, 8, 11)  # counted from 0
-
-    def __init__(self, vit: ViT):
+    def __init__(self, width: int, levels: int = 4):
         super().__init__()
-        self.frozen = [vit]  # in a list: not a submodule
-        self.heads = nn.ModuleList(Head(vit.width) for _ in self.BLOCKS).eval()
+        self.heads = nn.ModuleList(Head(width) for _ in range(levels))
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W), sides multiples of 16, values around [-1, 1] -> per level patch tokens (B, N, D)."""
-        vit = self.frozen[0]
-        return [tokens[:, 1:] for tokens in vit.levels(vit.normalise(images), self.BLOCKS)]
-
-    def judge(self, features: list[Tensor], rows: int) -> Tensor:
-        """-> logits (B, levels, N), float32; high means real."""
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """features per level (B, D, h, w) -> logits (B, levels, h w), float32; high means real."""
         with torch.autocast(features[0].device.type, enabled=False):
-            return torch.stack([head(level, rows) for head, level in zip(self.heads, features)], dim=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.judge(self.features(images), images.shape[-2] // self.frozen[0].patch_size)
-
-    @torch.no_grad()
-    def refine_norms(self) -> None:
-        """One power iteration per layer."""
-        self.heads.train()
-        for head in self.heads:
-            _ = head.reduce.weight, head.mix.weight, head.judge.weight  # reading them in train mode iterates
-        self.heads.eval()
-
-    def train(self, mode: bool = True) -> "DinoDiscriminator":
-        """Without effect: see above."""
-        return self
+            return torch.stack([head(level) for head, level in zip(self.heads, features)], dim=1)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss on logits of any shape: (E max(0, 1 - real) + E max(0, 1 + fake)) / 2."""
+    """The discriminator's loss on logits of any shape: (E max(0, 1 - real) + E max(0, 1 + fake)) / 2 (config)."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
@@ -155,25 +143,12 @@ def consistency_loss(weak: Tensor, strong: Tensor) -> Tensor:
     return (weak.mean(2) - strong.mean(2)).square().mean()
 
 
-class LeCam(nn.Module):
+def lecam_loss(real: Tensor, fake: Tensor, averages: Tensor) -> Tensor:
     """LeCam regularisation (Tseng et al. 2021): logits are pulled towards the moving average of the other side's.
 
-    E max(0, real - ema_fake)^2 + E max(0, ema_real - fake)^2
+    E max(0, real - ema_fake)^2 + E max(0, ema_real - fake)^2, with averages (2,) = ema_real, ema_fake of the mean logits.
     """
-
-    def __init__(self, decay: float = 0.999):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("ema", torch.zeros(2))  # of the mean logits: real, fake
-
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        ema_real, ema_fake = self.ema.clone()
-        return F.relu(real - ema_fake).square().mean() + F.relu(ema_real - fake).square().mean()
-
-    @torch.no_grad()
-    def update(self, means: Tensor) -> None:
-        """ema = decay ema + (1 - decay) means, where means (2,) are the step's mean logits: real, fake."""
-        self.ema.lerp_(means, 1 - self.decay)
+    return F.relu(real - averages[1]).square().mean() + F.relu(averages[0] - fake).square().mean()
 
 
 DRAWS = 7  # uniform numbers that an augmentation of one image takes
@@ -234,14 +209,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, most: float) ->
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=most)
 
 
-class Phase(NamedTuple):
-    """Which terms count at a step."""
-
-    perceptual: float  # weight of LPIPS
-    discriminate: bool  # whether the discriminator trains
-    adversarial: float  # weight of its gradient, before the adaptive one
-
-
 class Adversary(nn.Module):
     """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1).
 
@@ -249,86 +216,60 @@ class Adversary(nn.Module):
     next one (ours): so neither accumulation nor the process count changes anything.
     """
 
-    def __init__(self, vit: ViT):
+    def __init__(self, width: int):
         super().__init__()
-        self.discriminator = DinoDiscriminator(vit)
-        self.lecam = LeCam()
-        self.register_buffer("weight", torch.zeros(()))
+        self.discriminator = Discriminator(width)
+        self.register_buffer("averages", torch.zeros(2))  # LeCam's, of the mean logits: real, fake
+        self.register_buffer("weight", torch.zeros(()))  # the adaptive one
         self.measured: dict[str, Tensor] = {}
-        self.requires_grad_(False)  # until it joins
 
-    def forward(self, pixels: Tensor, images: Tensor, u: Tensor, generate: bool) -> tuple[Tensor, Tensor | None, dict]:
-        """pixels, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (if `generate`), logs."""
-        rows = images.shape[-2] // self.discriminator.frozen[0].patch_size
-        with torch.set_grad_enabled(generate):
-            features = self.discriminator.features(diff_augment(pixels, u[:, 0], strong=False))
+    def forward(self, eye: Eye, fakes: Tensor, images: Tensor, u: Tensor, fool: bool) -> tuple[Tensor, Tensor, dict]:
+        """fakes, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (0 without `fool`), logs.
+
+        The gradient of the decoder's loss is for `fakes` only; discriminator and decoder learn from the same fakes (ours).
+        """
+        with torch.set_grad_enabled(fool):
+            seen = eye(diff_augment(fakes, u[:, 0], strong=False))
         with torch.no_grad():
             views = [diff_augment(images, u[:, 1], strong=False)]
-            views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, pixels), (3, images))]
-            others = self.discriminator.features(torch.cat(views))
-        fake = self.discriminator.judge([level.detach() for level in features], rows)
-        real, fake_strong, real_strong = self.discriminator.judge(others, rows).chunk(3)
+            views += [diff_augment(x, u[:, i], strong=True) for i, x in ((2, fakes), (3, images))]
+            others = eye(torch.cat(views))
+        fake = self.discriminator([level.detach() for level in seen])
+        real, fake_strong, real_strong = self.discriminator(others).chunk(3)
         hinge = hinge_loss(real, fake)
         consistency = consistency_loss(real, real_strong) + consistency_loss(fake, fake_strong)
-        lecam = self.lecam(real, fake)
+        lecam = lecam_loss(real, fake, self.averages)
         logs = {"discriminator": hinge, "consistency": consistency, "lecam": lecam, "adaptive_weight": self.weight}
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
         loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
-        return loss, -self.discriminator.judge(features, rows).mean() if generate else None, logs
+        return loss, -self.discriminator(seen).mean() if fool else torch.zeros(()), logs
+
+    def balanced(self, reconstruction: Tensor, last_layer: Tensor, slope: Tensor, against: Tensor) -> Tensor:
+        """Two gradients at the pixels, of the other losses (`slope`) and of the adversarial one -> the latter, weighted.
+
+        Beside it, what the next step's weight is made of is measured: both gradients at the decoder's last layer.
+        """
+        for name, at_pixels in (("slope", slope), ("against", against)):
+            (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
+            self.measure(name, at_layer)
+        return self.weight * against
 
     def measure(self, name: str, value: Tensor) -> None:
         self.measured[name] = self.measured.get(name, 0) + value
 
     @torch.no_grad()
-    def finish_step(self, average: Callable[[Tensor], Tensor]) -> None:
+    def end_step(self, average: Callable[[Tensor], Tensor]) -> None:
         """Take in what was measured, unless it is not finite; `average` turns this process's sums into means over the batch."""
         mean = {name: average(value) for name, value in self.measured.items()}
         self.measured = {}
-        self.lecam.update(torch.where(mean["logits"].isfinite(), mean["logits"], self.lecam.ema))
-        if "adversarial" in mean:
-            pair = mean["reconstruction"], mean["adversarial"]
-            finite = pair[0].norm().isfinite() & pair[1].norm().isfinite()
-            self.weight.copy_(torch.where(finite, adaptive_weight(*pair, MAX_ADAPTIVE_WEIGHT), self.weight))
-        self.discriminator.refine_norms()
-
-
-class PixelLosses(nn.Module):
-    """The terms of eq. 7 that compare pixels: MSE, LPIPS and the adversarial one; and the discriminator's own loss."""
-
-    def __init__(self, lpips: LPIPS | None = None, vit: ViT | None = None):
-        super().__init__()
-        self.frozen = [lpips]  # in a list: not a submodule, so in no checkpoint
-        self.adversary = None if vit is None else Adversary(vit)
-
-    def forward(self, reconstruction: Tensor, images: Tensor, last_layer: nn.Parameter, phase: Phase, u: Tensor | None):
-        """reconstruction, images (b, 3, S, S), u (b, 4, DRAWS) -> loss, logs.
-
-        The gradient of each loss is taken at the pixels, so that every network is passed once; from there on the two are
-        added. The returned loss has the value of the decoder's terms, and also the gradient of the discriminator's loss.
-        """
-        pixels = reconstruction.detach().requires_grad_()
-        mse = F.mse_loss(pixels, images)
-        logs, value = {"mse": mse}, mse
-        if phase.perceptual:
-            logs["lpips"] = self.frozen[0](pixels, images).mean()
-            value = value + phase.perceptual * logs["lpips"]
-        (gradient,) = torch.autograd.grad(value, pixels)
-        if not phase.discriminate:
-            return with_gradient(value, (reconstruction * gradient).sum()), logs
-        judgement, adversarial, more = self.adversary(pixels, images, u, phase.adversarial > 0)
-        logs |= more
-        if adversarial is not None:
-            (against,) = torch.autograd.grad(adversarial, pixels)
-            for name, at_pixels in (("reconstruction", gradient), ("adversarial", against)):
-                (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
-                self.adversary.measure(name, at_layer)
-            weight = phase.adversarial * self.adversary.weight
-            logs["adversarial"] = adversarial
-            value, gradient = value + weight * adversarial, gradient + weight * against
-        return with_gradient(value, (reconstruction * gradient).sum() + judgement), logs
-
-
-def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The value of one scalar with the gradient of another."""
-    return surrogate + (value - surrogate).detach()
+        logits = torch.where(mean["logits"].isfinite(), mean["logits"], self.averages)
+        self.averages.lerp_(logits, 1 - LECAM_DECAY)
+        if "against" in mean:
+            slope, against = mean["slope"], mean["against"]
+            finite = slope.norm().isfinite() & against.norm().isfinite()
+            weight = adaptive_weight(slope, against, MAX_ADAPTIVE_WEIGHT)
+            self.weight.copy_(torch.where(finite, weight, self.weight))
+        for module in self.discriminator.modules():
+            if isinstance(module, NormedConv):
+                module.refine()

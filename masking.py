@@ -1,11 +1,13 @@
-"""Which image patches to hide from the encoder (paper section 3.2). Pure functions, copy any of them.
+"""Which image patches to hide from the encoder (paper section 3.2). Pure functions of scores and draws, copy any of them.
 
-A mask is bool (B, N), True = hidden. Every mask hides exactly round(m * N) patches of each image, with a ratio m per image:
+A mask is bool (B, N), True = hidden. Each image has its own ratio m, of which exactly round(m N) patches are hidden:
 
-    ratio = mask_ratio(len(images), generator=generator)            # (B,)
-    mask = random_mask(ratio, num_patches, generator)               # any patches
-    mask = semantic_mask(cls, patches, ratio)                       # those most like the whole image
-    mask = mixed_mask(cls, patches, ratio, generator)               # one or the other, per image
+    m = mask_ratio(u)                                    u (B,) uniform in [0, 1)
+    mask = random_mask(m, order)                         order (B, N) uniform: any patches
+    mask = semantic_mask(m, similarity(cls, patches))    the patches most like the whole image
+    mask = mixed_mask(m, order, scores, coin)            one or the other, per image; coin (B,) uniform
+
+    python -c "import torch, masking as k; print(k.random_mask(k.mask_ratio(torch.rand(4)), torch.rand(4, 64)).sum(1))"
 """
 
 import torch
@@ -13,44 +15,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_ratio(batch: int, max_ratio: float = 0.7, *, generator: torch.Generator) -> Tensor:
-    """m = max(0, U(-0.1, M)) per image, (B,): about one image in 1 + 10 M is not masked (section 3.2; l-DeTok eq. 5)."""
-    uniform = torch.rand(batch, generator=generator, device=generator.device)
-    return (uniform * (max_ratio + 0.1) - 0.1).clamp(min=0)
+def mask_ratio(u: Tensor, max_ratio: float = 0.7) -> Tensor:
+    """u (B,) -> m = max(0, U(-0.1, M)) per image: one image in 1 + 10 M is not masked (section 3.2; l-DeTok eq. 5)."""
+    return (u * (max_ratio + 0.1) - 0.1).clamp(min=0)
 
 
-def random_mask(ratio: Tensor, num_patches: int, generator: torch.Generator) -> Tensor:
-    """ratio (B,) in [0, 1] -> mask (B, num_patches): round(m N) patches drawn uniformly without replacement."""
-    return mask_highest(torch.rand(len(ratio), num_patches, generator=generator, device=generator.device), ratio)
+def mask_highest(m: Tensor, scores: Tensor) -> Tensor:
+    """m (B,), scores (B, N) -> mask (B, N), True at the round(m N) highest scores of each row."""
+    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 = highest
+    return rank < (m * scores.shape[1]).round()[:, None]
 
 
-def semantic_mask(cls: Tensor, patches: Tensor, ratio: Tensor) -> Tensor:
-    """cls (B, D), patches (B, N, D), ratio (B,) -> mask (B, N): the k = round(m N) patches nearest to cls (eq. 1-2).
+def random_mask(m: Tensor, order: Tensor) -> Tensor:
+    """m (B,), order (B, N) uniform -> mask (B, N): round(m N) patches drawn without replacement."""
+    return mask_highest(m, order)
 
-    eq. 1: similarity_i = cos(cls, patch_i);  eq. 2: the top-k of them are hidden.
+
+def similarity(cls: Tensor, patches: Tensor) -> Tensor:
+    """Eq. 1: cls (B, D), patches (B, N, D) of the teacher -> cos(cls, patch_i), (B, N)."""
+    return F.cosine_similarity(cls[:, None].float(), patches.float(), dim=-1)
+
+
+def semantic_mask(m: Tensor, scores: Tensor) -> Tensor:
+    """Eq. 2: m (B,), scores (B, N) of eq. 1 -> mask (B, N): the top k = round(m N) are hidden."""
+    return mask_highest(m, scores)
+
+
+def mixed_mask(m: Tensor, order: Tensor, scores: Tensor, coin: Tensor) -> Tensor:
+    """Random or semantic with probability 1/2 each, per image (section 3.2) -> mask (B, N)."""
+    return torch.where(coin[:, None] < 0.5, random_mask(m, order), semantic_mask(m, scores))
+
+
+def hide_latents(z: Tensor, m: Tensor, order: Tensor) -> Tensor:
+    """The paper's failing ablation (fig. 1): round(m L) latents of z (B, L, C) are hidden from the decoder.
+
+    They become 0, the mean of the prior (ours).
     """
-    return mask_highest(F.cosine_similarity(cls[:, None].float(), patches.float(), dim=-1), ratio)
+    return z.masked_fill(random_mask(m, order[:, : z.shape[1]])[..., None], 0)
 
 
-def mixed_mask(
-    cls: Tensor, patches: Tensor, ratio: Tensor, generator: torch.Generator, rows: slice = slice(None)
-) -> Tensor:
-    """Per image a fair coin: random_mask or semantic_mask (section 3.2) -> mask (B, N).
-
-    ratio covers the global batch; cls and patches are its `rows` (by default all). The draws are made for the global
-    batch, so that the masks do not depend on how it is cut over processes.
-    """
-    coin = torch.rand(len(ratio), generator=generator, device=generator.device) < 0.5
-    random = random_mask(ratio, patches.shape[1], generator)
-    return torch.where(coin[rows, None], random[rows], semantic_mask(cls, patches, ratio[rows]))
-
-
-def latent_mask(ratio: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """The paper's failing ablation: hide latent tokens from the decoder instead of patches from the encoder, (B, L)."""
-    return random_mask(ratio, tokens, generator)
-
-
-def mask_highest(score: Tensor, ratio: Tensor) -> Tensor:
-    """score (B, N), ratio (B,) -> mask (B, N), True at the round(m N) highest scores of each row."""
-    rank = score.argsort(dim=1, descending=True).argsort(dim=1)  # 0 = highest
-    return rank < (ratio * score.shape[1]).round()[:, None]
+# By name, with one call: m (B,), order (B, N), scores (B, N) or None where there is no teacher, coin (B,) -> mask (B, N).
+MASKS = {
+    "mixed": mixed_mask,
+    "random": lambda m, order, scores, coin: random_mask(m, order),
+    "semantic": lambda m, order, scores, coin: semantic_mask(m, scores),
+    "latent": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),  # `hide_latents` acts instead
+    "none": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),
+}

@@ -3,88 +3,92 @@
     python sample.py out                                    # a grid, 8 per class of the first 10 classes
     python sample.py out --classes 3,7 --guidance 4         # other classes, stronger guidance
     python sample.py out --reconstruct photos/              # originals above their reconstructions
+    python sample.py out --export model.pt                  # the averaged models alone, to give away; takes the place of `out`
     torchrun --nproc_per_node=8 sample.py out --npz 50000   # exactly 50,000 images, arr_0 uint8 (N, H, W, 3)
 
-The noise of image i depends only on --seed and i: batch size and process count do not change the images.
-The settings are written beside the images as JSON.
+The noise of image i depends only on --seed and i: batch size and process count do not change the images. Beside each file is
+FILE.json: the sampler's settings, and stage, step and hash of what made it. From Python:
+
+    run = load_run("out", "cpu")
+    images = generate(run, torch.tensor([3, 7]), indices=[0, 1], seed=0)  # uint8 (2, 3, S, S)
+    copies = reconstruct(run.tokenizer, images)                            # run.tokenizer.encode(x).mean, run.tokenizer.decode(z)
 """
 
 import json
-import shutil
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import ImageFolder, Parser, Processes, Shapes, UserError, as_user_error, command_line, load_checkpoint
-from data import progress, replacing, spread, to_float, to_uint8, write_image, write_text
+from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
+from plumbing.run import CHECKPOINT, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint, progress
+from plumbing.run import replacing, save_checkpoint, state_hash, warn, write_text
 from sit import SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
 
 @dataclass
-class Run:
-    """A trained run: the resolved config, class names (empty: unconditional), EMA models; sit is None before its stage."""
+class TrainedRun:
+    """A resolved config, class names (none: unconditional), averaged models; sit is None before its stage.
+
+    `about` names the checkpoint for cards: file, stage, step and of how many, hash of the weights.
+    """
 
     config: dict
     classes: list[str]
     tokenizer: Tokenizer
     sit: SiT | None
+    about: dict = field(default_factory=dict)
+
+    def sampler(self, solver: str = "sde", steps: int | None = None, guidance: float | None = None, interval=(0.0, 0.7)) -> dict:
+        """Settings of sit.sample; those not given are the run's own. Raises UserError for impossible ones."""
+        if guidance is not None and guidance > 1 and not self.classes:
+            raise UserError(f"--guidance {guidance} needs classes, and this run was trained without")
+        guidance = (self.config["guidance"] if self.classes else 1.0) if guidance is None else guidance
+        steps = self.config["sample_steps"] if steps is None else steps
+        with as_user_error():
+            check_sampler(solver, steps, guidance, interval)
+        return {"solver": solver, "steps": steps, "guidance": guidance, "interval": tuple(interval)}
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """Everything that the samples depend on besides the model; see sit.sample."""
-
-    solver: str = "sde"
-    steps: int = 250
-    guidance: float = 1.0
-    interval: tuple[float, float] = (0.0, 0.7)
-    seed: int = 0
-
-
-def build_tokenizer(config: dict) -> Tokenizer:
-    keys = ("image_size", "patch_size", "tokens", "channels", "size")
-    return Tokenizer(**{key: config[key] for key in keys})
-
-
-def load_run(folder: str | Path, device: torch.device) -> Run:
-    """The latest stage in `folder`: sit.pt, else decoder.pt, else tokenizer.pt. Raises UserError."""
-    paths = [Path(folder) / name for name in ("sit.pt", "decoder.pt", "tokenizer.pt")]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        names = ", ".join(p.name for p in paths)
-        raise UserError(f"{folder} is not a run: it has none of {names}; make one with train.py --out {folder}")
-    saved = load_checkpoint(path, mmap=True)
-    if not {"config", "classes", "ema"} <= saved.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py: it has no config, classes or ema")
-    with as_user_error(f"{path}: "):
-        tokenizer = build_tokenizer(saved["config"])
-        tokenizer.load_state_dict(saved.get("tokenizer", saved["ema"]))
-        sit = None
-        if path.name == "sit.pt":
-            sit = SiT(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), saved["config"]["sit"])
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """The latest stage in a folder (sit.pt, else decoder.pt, else tokenizer.pt), or an exported file. Raises UserError."""
+    names = ("sit.pt", "decoder.pt", "tokenizer.pt")
+    paths = [Path(path)] if Path(path).is_file() else [Path(path) / name for name in names if (Path(path) / name).exists()]
+    if not paths:
+        raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
+    saved, sit = load_checkpoint(paths[0], CHECKPOINT, mmap=True), None
+    config, weights = saved["config"], saved.get("tokenizer", saved["ema"])
+    if "tokenizer" in saved and len(paths) > 1:  # the stage decoder may have been run again since
+        newer = load_checkpoint(paths[1], CHECKPOINT, mmap=True)["ema"]
+        if any(not torch.equal(newer[key], value) for key, value in weights.items() if key.startswith("encoder.")):
+            raise UserError(f"{paths[1]} does not belong to {paths[0]}: their encoders differ; move one of them away")
+        weights |= {key: value for key, value in newer.items() if key.startswith("decoder.")}
+    with as_user_error(f"{paths[0]}: "):
+        tokenizer = Tokenizer.from_config(config)
+        tokenizer.load_state_dict(weights)
+        if "tokenizer" in saved:
+            sit = SiT(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), config["sit"])
             sit.load_state_dict(saved["ema"])
-            sit = sit.to(device).eval()
-            if paths[1].exists():  # the stage decoder may have been run again since
-                decoder = {
-                    k: v for k, v in load_checkpoint(paths[1], mmap=True)["ema"].items() if k.startswith("decoder.")
-                }
-                tokenizer.load_state_dict(decoder, strict=False)
-    return Run(saved["config"], saved["classes"], tokenizer.to(device).eval(), sit)
+            weights |= {f"sit.{key}": value for key, value in saved["ema"].items()}
+            sit.to(device).eval()
+    steps = config[f"{saved['stage']}_steps"]
+    if saved["step"] < steps:
+        warn(f"{paths[0]} is unfinished, at step {saved['step']} of {steps}")
+    about = {"file": paths[0].name, "stage": saved["stage"], "step": saved["step"], "of_steps": steps}
+    about["weights"] = state_hash(weights)
+    return TrainedRun(config, saved["classes"], tokenizer.to(device).eval(), sit, about)
 
 
 @torch.no_grad()
-def generate(run: Run, sampler: SamplerSettings, labels: Tensor, indices: list[int], device: torch.device) -> Tensor:
-    """Samples number `indices` with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU."""
-    shape = (run.tokenizer.tokens, run.tokenizer.channels)
-    noise = seeded_noise(sampler.seed, indices, shape, device)
-    null_label = len(run.classes)
-    settings = (sampler.solver, sampler.steps, sampler.guidance, sampler.interval)
-    x = sample(run.sit, noise, labels.to(device), null_label, *settings)
+def generate(run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **sampler) -> Tensor:
+    """Samples number `indices` of a seed with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU. `sampler`: see TrainedRun.sampler."""
+    device = run.tokenizer.latent_mean.device
+    noise = seeded_noise(seed, indices, (run.tokenizer.tokens, run.tokenizer.channels), device)
+    x = sample(run.sit, noise, labels.to(device), len(run.classes), **run.sampler(**sampler))
     return to_uint8(run.tokenizer.decode(run.tokenizer.denormalize(x.float()))).cpu()
 
 
@@ -95,157 +99,88 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     return to_uint8(tokenizer.decode(tokenizer.encode(to_float(images.to(device))).mean)).cpu()
 
 
-def default_guidance(run: Run) -> float:
-    """The config's scale; 1 (none) for a run without classes."""
-    return run.config["guidance"] if run.classes else 1.0
-
-
-def class_grid(run: Run, sampler: SamplerSettings, classes: list[int], columns: int, device: torch.device) -> Tensor:
-    """One row of samples per class -> uint8 (rows, columns, 3, S, S)."""
+def write_grid(run: TrainedRun, classes: list[int], columns: int, path: Path, seed: int = 0, **sampler) -> None:
+    """One row of samples per class."""
     labels = torch.tensor(classes).repeat_interleave(columns)
-    rows = generate(run, sampler, labels, list(range(len(labels))), device)
-    return rows.view(len(classes), columns, *rows.shape[1:])
+    write_image(generate(run, labels, list(range(len(labels))), seed, **sampler).unflatten(0, (-1, columns)), path)
 
 
-def label_of(index: int, classes: list[int]) -> int:
-    """Sample i belongs to class classes[i mod len]: balanced for every count."""
-    return classes[index % len(classes)]
-
-
-def write_npz(
-    run: Run, sampler: SamplerSettings, classes: list[int], count: int, batch: int, path: Path, processes: Processes
-) -> None:
-    """Exactly `count` samples by all processes -> path with arr_0 uint8 (N, S, S, 3) and arr_1 int64 labels (N,)."""
-    raw = path.with_name(path.name + ".raw")  # plain bytes that every process writes its rows into
-    if processes.first:
-        raw.write_bytes(b"")
-    processes.barrier()
-    try:
-        write_rows(run, sampler, classes, count, batch, raw, processes)
-        processes.barrier()
-        if processes.first:
-            labels = np.array([label_of(i, classes) for i in range(count)])
-            pack_npz(raw, (count, run.config["image_size"], run.config["image_size"], 3), labels, path)
-    finally:
-        if processes.first:
-            raw.unlink()
-
-
-def write_rows(
-    run: Run, sampler: SamplerSettings, classes: list[int], count: int, batch: int, raw: Path, processes: Processes
-) -> None:
-    """This process's share of the samples, in the order of their indices, at their place in the file `raw`."""
+def write_npz(run: TrainedRun, classes: list[int], count: int, batch: int, path: Path, processes: Processes, **settings) -> None:
+    """Exactly `count` samples by all processes, classes in turn -> path with arr_0 uint8 (N, S, S, 3), arr_1 int64 labels (N,)."""
     side, mine = run.config["image_size"], processes.share(count)
-    with open(raw, "r+b") as file:
-        file.seek(mine.start * side * side * 3)
+    images, labels = path.with_name(f"{path.name}.{processes.launch}.npy"), np.array(classes)[np.arange(count) % len(classes)]
+    with shared_array(images, (count, side, side, 3), np.uint8, processes) as rows:
         for start in progress(range(mine.start, mine.stop, batch), "samples", processes):
-            indices = list(range(start, min(start + batch, mine.stop)))
-            labels = torch.tensor([label_of(i, classes) for i in indices])
-            images = generate(run, sampler, labels, indices, processes.device)
-            file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
-
-
-def pack_npz(raw: Path, shape: tuple[int, ...], labels: np.ndarray, path: Path) -> None:
-    """numpy.savez of raw uint8 bytes and labels, without holding the images in memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry, open(raw, "rb") as file:
-            np.lib.format.write_array_header_1_0(entry, header)
-            shutil.copyfileobj(file, entry)
-        with archive.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, labels)
+            part = range(start, min(start + batch, mine.stop))
+            rows[part] = generate(run, torch.from_numpy(labels[part]), list(part), **settings).permute(0, 2, 3, 1).numpy()
+    if processes.first:
+        try:
+            with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # as numpy.savez, without the memory
+                archive.write(images, "arr_0.npy")
+                with archive.open("arr_1.npy", "w") as entry:
+                    np.lib.format.write_array(entry, labels)
+        finally:
+            images.unlink()
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
     """Labels of "3,7" or of class names; of "" all (label 0, the null label, for a run without classes)."""
     if not names and text:
         raise UserError(f"--classes {text}: this run was trained without classes")
-    labels = []
-    for word in filter(None, text.split(",")):
-        label = names.index(word) if word in names else int(word) if word.isdigit() else -1
-        if not 0 <= label < len(names):
+    labels = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
+    words = [word for word in text.split(",") if word]
+    for word in words:
+        if word not in labels:
             raise UserError(f"--classes: {word!r} is neither a class name nor a label in 0..{len(names) - 1}")
-        labels.append(label)
-    return labels or list(range(max(1, len(names))))
-
-
-def reconstruction_grid(run: Run, folder: str, columns: int) -> Tensor:
-    """Two rows: images of `folder` (or "shapes", the built-in ones), evenly spaced, above their reconstructions."""
-    size = run.config["image_size"]
-    dataset = Shapes(size) if folder == "shapes" else ImageFolder(folder, size)
-    images = torch.stack([dataset[int(i)][0] for i in spread(len(dataset), columns)])
-    return torch.stack([images, reconstruct(run.tokenizer, images)])
+    return [labels[word] for word in words] or list(range(max(1, len(names))))
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("run", help="the folder that train.py --out made")
-    parser.add_argument(
-        "--out", default="", help="file to write (default: samples.png, samples.npz or reconstructions.png in the run)"
-    )
-    parser.add_argument(
-        "--classes", default="", help="labels or names, separated by commas (default: all; the first 10 in a grid)"
-    )
-    parser.add_argument("--columns", type=int, default=8, help="images per row of a grid")
-    parser.add_argument(
-        "--npz", type=int, default=0, metavar="N", help="write N samples, classes in turn, instead of a grid"
-    )
-    parser.add_argument(
-        "--reconstruct", default="", metavar="FOLDER", help='show reconstructions of its images, or of "shapes"'
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="samples per forward with --npz")
-    parser.add_argument("--solver", default="sde", help="sde (paper), heun or euler")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the run's; paper: 250)")
-    parser.add_argument(
-        "--guidance", type=float, help="scale (default: the run's; paper: 2.3 / 2.4 for 128 / 64 tokens)"
-    )
-    parser.add_argument(
-        "--interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 0.7),
-        metavar=("LOW", "HIGH"),
-        help="guide only for t in it, t = 1 is noise",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    add = parser.add_argument
+    add("run", help="the folder that train.py --out made, or an exported file")
+    add("--out", default="", help="file to write (default: samples.png, samples.npz or reconstructions.png beside the run)")
+    add("--classes", default="", help="labels or names, separated by commas (default: all; the first 10 in a grid)")
+    add("--columns", type=int, default=8, help="images per row of a grid")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--npz", type=int, default=0, metavar="N", help="write N samples, classes in turn, instead of a grid")
+    what.add_argument("--reconstruct", default="", metavar="FOLDER", help='show reconstructions of its images, or of "shapes"')
+    what.add_argument("--export", default="", metavar="FILE", help="write the averaged models alone")
+    add("--batch_size", type=int, default=64, help="samples per forward with --npz")
+    add("--solver", default="sde", help="sde (config: REPA), heun or euler")
+    add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
+    add("--guidance", type=float, help="scale (default: the run's; 1 = none; paper: 2.3 / 2.4 for 128 / 64 tokens)")
+    add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide only for t in it (config: REPA's 0 0.7)")
+    add("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args(arguments)
     for name, least in (("columns", 1), ("batch_size", 1), ("npz", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    if args.npz and args.reconstruct:
-        raise UserError("--npz and --reconstruct exclude each other; --npz writes samples")
     processes = Processes.start()
     run = load_run(args.run, processes.device)
+    name = "reconstructions.png" if args.reconstruct else "samples.npz" if args.npz else "samples.png"
+    path = Path(args.out or Path(args.run) / name)
+    if args.export:
+        networks = {"ema": run.sit, "tokenizer": run.tokenizer} if run.sit else {"ema": run.tokenizer}
+        about = {"stage": run.about["stage"], "step": run.about["step"], "config": run.config, "classes": run.classes}
+        return save_checkpoint(about | {key: network.state_dict() for key, network in networks.items()}, args.export)
     if args.reconstruct:
-        grid = reconstruction_grid(run, args.reconstruct, args.columns)
-        if processes.first:
-            write_image(grid, args.out or Path(args.run) / "reconstructions.png")
-        return
+        data = open_dataset(args.reconstruct, run.config["image_size"])
+        images = torch.stack([data.read(int(i))[0] for i in spread(len(data), args.columns)])
+        return write_image(torch.stack([images, reconstruct(run.tokenizer, images)]), path)
     if run.sit is None:
         raise UserError(f"{args.run} has no sit.pt yet, so it can only --reconstruct; train its sit stage to sample")
     classes = parse_classes(args.classes, run.classes)
-    if not args.npz and not args.classes:
-        classes = classes[:10]
-    if args.guidance is not None and args.guidance > 1 and not run.classes:
-        raise UserError(f"--guidance {args.guidance} needs classes, and this run was trained without")
-    guidance = default_guidance(run) if args.guidance is None else args.guidance
-    steps = run.config["sample_steps"] if args.steps is None else args.steps
-    sampler = SamplerSettings(args.solver, steps, guidance, tuple(args.interval), args.seed)
-    with as_user_error():
-        check_sampler(sampler.solver, sampler.steps, sampler.guidance, sampler.interval)
-    path = Path(args.out or Path(args.run) / ("samples.npz" if args.npz else "samples.png"))
+    classes = classes if args.npz or args.classes else classes[:10]
+    settings = {"seed": args.seed, **run.sampler(args.solver, args.steps, args.guidance, args.interval)}
     if args.npz:
-        write_npz(run, sampler, classes, args.npz, args.batch_size, path, processes)
+        write_npz(run, classes, args.npz, args.batch_size, path, processes, **settings)
     elif processes.first:
-        write_image(class_grid(run, sampler, classes, args.columns, processes.device), path)
+        write_grid(run, classes, args.columns, path, **settings)
     if processes.first:
-        settings = {
-            "run": str(args.run),
-            "count": args.npz or len(classes) * args.columns,
-            "classes": classes,
-            **asdict(sampler),
-        }
-        write_text(json.dumps(settings, indent=1), path.with_suffix(".json"))
+        count = args.npz or len(classes) * args.columns
+        record = {"run": str(args.run), "checkpoint": run.about, "count": count, "classes": classes, **settings}
+        write_text(json.dumps(record, indent=1), f"{path}.json")
         print(f"wrote {path}")
 
 

@@ -2,9 +2,11 @@
 
 Time has one direction here: t = 0 is data, t = 1 is noise.
 
-    x_t = (1 - t) x + t noise        (path "linear")
+    x_t = (1 - t) x + t noise
     v   = d x_t / d t = noise - x    what the network predicts
     sampling integrates v from t = 1 down to t = 0
+
+    python -c "import torch as t, sit; print(sit.SiT(16, 8, 10, 'toy')(t.zeros(2, 16, 8), t.rand(2), t.arange(2)).shape)"
 
 Shapes: x (B, L, C) normalised latents, t (B,) in [0, 1], y (B,) int64 class labels in [0, num_classes].
 The label num_classes is the null label: "no class", used for classifier-free guidance and for data without classes.
@@ -20,44 +22,14 @@ from torch import Tensor, nn
 from tokenizer import Attention, Mlp, init_linear, sincos_1d
 
 # (width, depth, heads). Parameters: S 33M, B 130M, L 458M, XL 675M (paper: XL).
-SIZES = {
-    "toy": (128, 6, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
+SIZES = {"toy": (128, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def timestep_sinusoid(t: Tensor, dim: int = 256) -> Tensor:
     """t (B,) in [0, 1] -> (B, dim): cos(t w_i) then sin(t w_i), w_i = 10000^(-i / (dim / 2))."""
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
-    )
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, D)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_sinusoid(t))
-
-
-class LabelEmbedder(nn.Module):
-    """y (B,) -> (B, D); the last row of the table is the null label."""
-
-    def __init__(self, num_classes: int, width: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -109,17 +81,13 @@ class SiT(nn.Module):
         width, depth, heads = SIZES[size]
         self.num_classes = num_classes
         self.x_embedder = nn.Linear(channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # the last is the null label
         self.pos_embed = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, channels)
-        self.initialize()
-
-    def initialize(self) -> None:
-        """DiT's start: every block is the identity, the output is zero."""
-        self.apply(init_linear)
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        self.apply(init_linear)  # from here on DiT's start: every block is the identity, the output is zero
+        for layer in (self.y_embedder["embedding_table"], self.t_embedder["mlp"][0], self.t_embedder["mlp"][2]):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
@@ -129,7 +97,7 @@ class SiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, L, C), t (B,), y (B,) -> velocity (B, L, C)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        c = self.t_embedder["mlp"](timestep_sinusoid(t)) + self.y_embedder["embedding_table"](y)  # (B, D)
         for block in self.blocks:
             x = block(x, c)
         return self.final_layer(x, c)
@@ -141,35 +109,21 @@ def official_state(checkpoint: dict) -> dict[str, Tensor]:
     return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
 
 
-def interpolant(t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha, sigma and their time derivatives at t, for x_t = alpha x + sigma noise. path: "linear" (paper) or "cosine"."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    if path != "cosine":
-        raise ValueError(f"path is {path!r}; it must be linear or cosine")
-    half_pi = math.pi / 2
-    alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
-    return alpha, sigma, -half_pi * sigma, half_pi * alpha
-
-
 def drop_labels(y: Tensor, null_label: int, uniform: Tensor, probability: float = 0.1) -> Tensor:
     """y (B,) -> y with the null label where uniform (B,) < probability, so that guidance has an unconditional model."""
     return torch.where(uniform < probability, null_label, y)
 
 
-def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, path: str = "linear") -> Tensor:
+def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Mean over tokens and channels of |model(x_t, t, y) - v|^2, per sample: (B,), float32 or better."""
-    alpha, sigma, alpha_dot, sigma_dot = interpolant(t[:, None, None], path)
-    x_t = alpha * x + sigma * noise
-    v = alpha_dot * x + sigma_dot * noise
+    s = t[:, None, None]
+    x_t, v = (1 - s) * x + s * noise, noise - x
     return (model(x_t, t, y).to(v.dtype) - v).square().mean(dim=(1, 2))
 
 
-def score(x: Tensor, v: Tensor, t: Tensor, path: str = "linear") -> Tensor:
-    """grad log p_t(x) from the velocity: (alpha / alpha_dot v - x) / (sigma^2 - alpha / alpha_dot sigma_dot sigma)."""
-    alpha, sigma, alpha_dot, sigma_dot = interpolant(t, path)
-    ratio = alpha / alpha_dot
-    return (ratio * v - x) / (sigma**2 - ratio * sigma_dot * sigma)
+def score(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """grad log p_t(x) = -E[noise | x] / t, where E[noise | x] = x + (1 - t) v."""
+    return -(x + (1 - t) * v) / t
 
 
 def seeded_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
@@ -190,16 +144,16 @@ def sample(
     steps: int = 250,
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 0.7),
-    path: str = "linear",
 ) -> Tensor:
     """Integrate from noise to data -> (B, L, C), float64.
 
     model     velocity v(x, t, y); called with the dtype of the noise, while the state is kept in float64
     noise     first item: x at t = 1, (B, L, C); the SDE takes one more item per step but the last
     solver    "euler" or "heun" (ODE), "sde" (Euler-Maruyama with diffusion 2t, last step 0.04 -> 0 without noise)
-    guidance  w in v = v_null + w (v_y - v_null), applied when w > 1 and interval[0] <= t <= interval[1]; elsewhere
+    guidance  w >= 1 in v = v_null + w (v_y - v_null), applied when interval[0] <= t <= interval[1]; elsewhere, and for w = 1,
               only v_y is computed. Heun's second evaluation is guided when its first one is.
-    Paper B.2: sde, 250 steps, w = 2.3 (128 tokens) or 2.4 (64), interval [0, 0.7].
+    Paper B.2: w = 2.3 (128 tokens) or 2.4 (64). Config (REPA's, which B.2 follows): sde, 250 steps, interval [0, 0.7].
+    Raises ValueError for what `check_sampler` refuses.
     """
     check_sampler(solver, steps, guidance, interval)
     start = next(noise)
@@ -220,7 +174,7 @@ def sample(
         dt = t_next - t
         v = velocity(x, t, guided)
         if solver == "sde":
-            x = x + (v - t * score(x, v, t, path)) * dt
+            x = x + (v - t * score(x, v, t)) * dt
             if i + 1 < steps:
                 x = x + torch.sqrt(2 * t * -dt) * next(noise).double()
         elif solver == "heun" and i + 1 < steps:
@@ -245,7 +199,7 @@ def check_sampler(solver: str, steps: int, guidance: float, interval: tuple[floa
         raise ValueError(f"solver is {solver!r}; it must be euler, heun or sde")
     if steps < 1:
         raise ValueError(f"{steps} sampling steps; at least 1 is needed")
-    if not math.isfinite(guidance) or guidance < 0:
-        raise ValueError(f"guidance is {guidance}; it must be a finite number of at least 0 (1 = no guidance)")
+    if not math.isfinite(guidance) or guidance < 1:
+        raise ValueError(f"guidance is {guidance}; it must be a finite number of at least 1 (1 = no guidance)")
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance interval [{interval[0]}, {interval[1]}] must lie in [0, 1], the lower end first")

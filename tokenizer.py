@@ -1,14 +1,14 @@
 """The MacTok tokenizer: image -> L continuous 1D tokens -> image (paper section 3.1).
 
     images (B, 3, H, W) in [-1, 1]
-      -> Encoder   [N image tokens; L learnable latent tokens] -> ViT -> the L outputs -> mean, logvar
-      -> Posterior a Gaussian per latent value;  z = posterior.sample()  (B, L, C)
+      -> Encoder   [N image tokens; L learnable latent tokens] -> ViT -> the L outputs -> a posterior of (B, L, C)
+      -> Gaussian  (or Point)  z = posterior.sample()  (B, L, C)
       -> Decoder   [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels (B, 3, H, W)
 
 Shapes: B batch, N = (H / patch_size)^2 image patches, L latent tokens, C channels per token, D width.
-The mask is an argument (see masking.py): bool (B, N), True = hidden from the encoder.
+The mask is an argument (see masking.py): bool (B, N), True = hidden from the encoder. One that is passed is applied.
 
-    python -c "import torch, tokenizer as t; m = t.Tokenizer(size='toy'); print(m(torch.zeros(2, 3, 32, 32))[0].shape)"
+    python -c "import torch, tokenizer as t; m = t.Tokenizer(32, 4, 16, 16, 'toy'); print(m(torch.zeros(2, 3, 32, 32))[0].shape)"
 """
 
 import math
@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (width, depth, heads) of the encoder and of the decoder. Parameters: S 45M, B 176M, BL 391M (paper tab. 6b).
+# (width, depth, heads) of the encoder and of the decoder. Paper tab. 6b: S 45M, B 176M, BL 391M; here 43.5M, 172.0M, 389.6M at
+# 256 px with 128 tokens (the README says where the rest is).
 SIZES = {
     "toy": ((128, 3, 4), (128, 3, 4)),
     "S": ((384, 12, 6), (384, 12, 6)),
     "B": ((768, 12, 12), (768, 12, 12)),
     "BL": ((768, 12, 12), (1024, 24, 16)),
 }
-
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2's input, images in [0, 1]
 
@@ -102,8 +102,8 @@ def sincos_2d(grid: int, width: int) -> Tensor:
     return torch.cat([sincos_1d(rows, width // 2), sincos_1d(columns, width // 2)], dim=1)
 
 
-class Posterior(NamedTuple):
-    """A diagonal Gaussian q(z | image); mean and logvar are (B, L, C), float32."""
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian posterior q(z | image); mean and logvar are (B, L, C), float32 (section 3.1)."""
 
     mean: Tensor
     logvar: Tensor
@@ -113,13 +113,32 @@ class Posterior(NamedTuple):
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """z = mean + std * noise; noise ~ N(0, 1) of the same shape, drawn here when not given."""
+        """z = mean + std * noise (eq. 8); noise ~ N(0, 1) of the same shape, drawn here when not given."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, (B, L): summed over channels. Paper eq. 9 is `kl().sum(1).mean()`."""
+        """KL(q || N(0, 1)) in nats, (B, L): summed over channels. Eq. 9 is `kl().sum(1).mean()`."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(-1)
+
+
+class Point(NamedTuple):
+    """The posterior of a plain autoencoder: one point, without noise and without KL; mean is (B, L, C), float32."""
+
+    mean: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        return torch.zeros_like(self.mean[..., 0])
+
+
+POSTERIORS = {"gaussian": Gaussian, "point": Point}
 
 
 class PatchEmbed(nn.Module):
@@ -134,10 +153,11 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images (B, 3, H, W), mask (B, N) or None -> the L output tokens (B, L, D), normalised."""
+    """images (B, 3, H, W), mask (B, N) or None -> the posterior of (B, L, C)."""
 
-    def __init__(self, grid: int, patch_size: int, tokens: int, width: int, depth: int, heads: int):
+    def __init__(self, grid: int, patch_size: int, tokens: int, channels: int, posterior: str, width: int, depth: int, heads: int):
         super().__init__()
+        self.posterior = POSTERIORS[posterior]
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = nn.Parameter(sincos_2d(grid, width)[None])  # 2D absolute, trained
         self.mask_token = nn.Parameter(torch.zeros(1, width))
@@ -145,8 +165,9 @@ class Encoder(nn.Module):
         self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_moments = nn.Linear(width, channels * len(self.posterior._fields))  # mean and logvar, or the point
 
-    def forward(self, images: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Gaussian | Point:
         x = self.patch_embed(images)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
@@ -155,7 +176,10 @@ class Encoder(nn.Module):
         x = torch.cat([x, latents.to(x.dtype)], dim=1)  # (B, N + L, D)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, -latents.shape[1] :])
+        x = self.norm(x[:, -latents.shape[1] :])  # (B, L, D)
+        with torch.autocast(x.device.type, enabled=False):
+            mean, *logvar = self.to_moments(x.float()).chunk(len(self.posterior._fields), dim=-1)
+        return self.posterior(mean, *(part.clamp(-30, 20) for part in logvar))
 
 
 class Decoder(nn.Module):
@@ -179,51 +203,44 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         patches = self.to_pixels(self.norm(x[:, : queries.shape[1]]))  # (B, N, 3 p p)
-        return F.fold(
-            patches.float().transpose(1, 2), self.grid * self.patch_size, self.patch_size, stride=self.patch_size
-        )
+        return F.fold(patches.float().transpose(1, 2), self.grid * self.patch_size, self.patch_size, stride=self.patch_size)
 
 
 class Tokenizer(nn.Module):
-    """The KL autoencoder of paper section 3.1.
+    """The autoencoder of paper section 3.1: `encoder`, `decoder` and the statistics of its latents.
 
-    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L, channels = C, size of SIZES.
-    Raises ValueError when patch_size does not divide image_size, or L does not divide N (eq. 3 repeats N/L times).
+    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L, channels = C, size of SIZES, posterior of
+    POSTERIORS. Raises ValueError when patch_size does not divide image_size, or L does not divide N (eq. 3 repeats N/L times).
     """
 
-    def __init__(
-        self, image_size: int = 32, patch_size: int = 4, tokens: int = 16, channels: int = 16, size: str = "toy"
-    ):
+    def __init__(self, image_size: int, patch_size: int, tokens: int, channels: int, size: str, posterior: str = "gaussian"):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
-        if min(image_size, patch_size, tokens, channels) < 1 or image_size % patch_size:
-            raise ValueError(
-                f"image_size {image_size} must be a multiple of patch_size {patch_size}, and both as well as "
-                f"tokens {tokens} and channels {channels} at least 1"
-            )
+        sides = min(image_size, patch_size, tokens, channels) >= 1 and image_size % patch_size == 0
+        if not sides or (image_size // patch_size) ** 2 % tokens:
+            sizes = f"image_size {image_size}, patch_size {patch_size}, tokens {tokens}, channels {channels}"
+            raise ValueError(f"{sizes}: patch_size must divide image_size, tokens (image_size / patch_size)^2, all at least 1")
         grid = image_size // patch_size
-        if grid**2 % tokens:
-            raise ValueError(
-                f"tokens {tokens} must divide the {grid**2} patches of a {image_size}-px image with patch_size {patch_size}"
-            )
         encoder, decoder = SIZES[size]
         self.num_patches, self.tokens, self.channels = grid**2, tokens, channels
-        self.encoder = Encoder(grid, patch_size, tokens, *encoder)
-        self.to_moments = nn.Linear(encoder[0], 2 * channels)
+        self.encoder = Encoder(grid, patch_size, tokens, channels, posterior, *encoder)
         self.decoder = Decoder(grid, patch_size, tokens, channels, *decoder)
         # Statistics of z over the training set, per channel; set once after training (train.py, stage "latents").
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         self.apply(init_linear)
-        nn.init.constant_(self.to_moments.bias[channels:], -4.0)  # start nearly noise-free, or nothing is learned early
+        nn.init.constant_(self.encoder.to_moments.bias[channels:], -4.0)  # logvar: start nearly noise-free (ours)
 
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Posterior:
-        """images (B, 3, H, W) in [-1, 1] -> Posterior of (B, L, C). The mask is used in training mode only."""
-        x = self.encoder(images, mask if self.training else None)
-        with torch.autocast(x.device.type, enabled=False):
-            mean, logvar = self.to_moments(x.float()).chunk(2, dim=-1)
-        return Posterior(mean, logvar.clamp(-30, 20))
+    @classmethod
+    def from_config(cls, config: dict) -> "Tokenizer":
+        """Made from the entries of a larger dict that are its arguments."""
+        names = ("image_size", "patch_size", "tokens", "channels", "size", "posterior")
+        return cls(**{name: config[name] for name in names})
+
+    def encode(self, images: Tensor, mask: Tensor | None = None) -> Gaussian | Point:
+        """images (B, 3, H, W) in [-1, 1], mask bool (B, N), True = hidden -> the posterior of (B, L, C)."""
+        return self.encoder(images, mask)
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, L, C) -> images (B, 3, H, W), float32, not clipped to [-1, 1]."""
@@ -277,26 +294,16 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 def load_dinov2(encoder: Encoder, state: dict[str, Tensor]) -> None:
     """Initialise an encoder from the state dict of an official DINOv2 file of the same width and depth (section 4.1).
 
-    The patch kernel is resampled 14 -> patch_size and takes [-1, 1] images instead of ImageNet-normalised ones; the
-    positions are resampled to the grid. The class token and registers are not used. Raises ValueError on a mismatch.
+    The patch kernel is resampled 14 -> patch_size and takes [-1, 1] images instead of ImageNet-normalised ones; the positions
+    are resampled to the grid (both ours). The class token and registers are not used. Raises RuntimeError on a mismatch.
     """
-    unused = {"cls_token", "register_tokens"}
     own = encoder.state_dict()
-    expected = (set(own) - {"latent_tokens"}) | {"cls_token"}
-    if set(state) - unused != expected - unused or "cls_token" not in state:
-        differing = sorted(set(state).symmetric_difference(expected) - {"register_tokens"})
-        raise ValueError(
-            f"not a DINOv2 file for an encoder of depth {len(encoder.blocks)}: first differing key {differing[0]!r}"
-        )
-    new = {key: value.float() for key, value in state.items() if key not in unused}
+    new = {key: value for key, value in state.items() if key not in ("cls_token", "register_tokens")}
+    new |= {key: own[key] for key in ("latent_tokens", "to_moments.weight", "to_moments.bias")}
     kernel = resample_patch_kernel(new["patch_embed.proj.weight"], encoder.patch_embed.proj.kernel_size[0])
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     # (x / 2 + 1 / 2 - mean) / std, folded into the first layer.
     new["patch_embed.proj.bias"] = new["patch_embed.proj.bias"] + torch.einsum("dcpq,c->d", kernel, (0.5 - mean) / std)
     new["patch_embed.proj.weight"] = kernel * (0.5 / std).view(1, 3, 1, 1)
     new["pos_embed"] = resample_positions(new["pos_embed"][:, 1:], math.isqrt(own["pos_embed"].shape[1]))
-    new["latent_tokens"] = own["latent_tokens"]
-    for key, value in new.items():
-        if value.shape != own[key].shape:
-            raise ValueError(f"DINOv2 file: {key} is {tuple(value.shape)}, this encoder needs {tuple(own[key].shape)}")
     encoder.load_state_dict(new)

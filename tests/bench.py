@@ -5,21 +5,24 @@
     python tests/bench.py --preset b256 --batch 32 --compile
     python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
     python tests/bench.py --damage FOLDER              # Frechet distance of its images to damaged copies
+    python tests/bench.py --against OTHER              # steps per second of this tree and of another checkout, in turns
 
-The official networks take part with random weights where their files are not at hand: their values do not change the speed.
-A line's FLOPs are counted by PyTorch (matrix products and convolutions, 2 per multiply-add), forward and backward. The
-peak is the best of some square and model-shaped matrix products in the precision that training uses, measured in the
-same run: on a busy machine compare shares, not times.
+Training steps are those of train.py's own loops. The official networks take part with random weights where their files are not
+at hand: their values do not change the speed. FLOPs are counted by PyTorch (matrix products and convolutions, 2 per
+multiply-add). The peak is the best of some matrix products in the precision that training uses, measured in the same run: on a
+busy machine compare shares, not times.
 """
 
 import io
+import json
+import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,27 +33,36 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import OFFICIAL, ImageFolder, Parser, Processes, Shapes, batch_indices, center_crop, command_line, file_hash
-from data import image_tensor, loader, official_path, progress, read_image
-from fid import InceptionV3, frechet_distance, inception_features, load_inception, precision_recall, statistics
-from masking import mask_ratio, random_mask
-from sample import build_tokenizer
+import train
+from fid import frechet_distance, precision_recall, statistics
+from losses import DRAWS, Adversary
+from plumbing.data import ImageFolder, Latents, batch_indices, center_crop, image_tensor, loader, read_image
+from plumbing.inception import InceptionV3, inception_features, load_inception
+from plumbing.run import Parser, Processes, command_line, progress, write_text
+from plumbing.state import Run, peak_memory
+from plumbing.weights import OFFICIAL, load_lpips
+from recipes import PRESETS, parse_config
 from sit import SiT, sample, seeded_noise
-from losses import DRAWS, Phase
-from train import Context, SiTObjective, TokenizerObjective, autocast, compile_blocks, load_teacher, parse_config
-from train import peak_memory, pixel_losses, synchronize, update
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 def seconds_of(step: Callable[[], object], device: torch.device, least: float = 2.0) -> float:
     """Median seconds of step() after two warm-up calls, over at least `least` seconds and 3 calls."""
     times = []
     while len(times) < 5 or sum(times[2:]) < least:
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[len(times[2:]) // 2]
+        times.append(once(step, device))
+    return float(np.median(times[2:]))
+
+
+def once(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def matmul_peak(device: torch.device) -> float:
@@ -70,85 +82,71 @@ class OneModule(nullcontext):
     parents = frozenset({"Global"})
 
 
-def report(name: str, step: Callable[[], object], images: int, device: torch.device, peak: float) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+def flops_of(step: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = OneModule()
     with counter:
         step()
-    seconds = seconds_of(step, device)
-    speed = counter.get_total_flops() / seconds
-    share = f"{100 * speed / peak:5.1f} %" if speed else "      -"
+    return counter.get_total_flops()
+
+
+def show_line(name: str, images: int, seconds: float, flops: float, device: torch.device, peak: float) -> None:
+    share = f"{100 * flops / seconds / peak:5.1f} %" if flops else "      -"
     memory = peak_memory(device) / 1e9
-    print(
-        f"{name:34} {images / seconds:12.1f} {1e3 * seconds:10.1f} {speed / 1e9:10.1f} {share:>8} {memory:8.2f}",
-        flush=True,
-    )
+    numbers = f"{images / seconds:12.1f} {1e3 * seconds:10.1f} {flops / seconds / 1e9:10.1f} {share:>8} {memory:8.2f}"
+    print(f"{name:40} {numbers}", flush=True)
 
 
-def training_step(objective: torch.nn.Module, inputs: Callable[[], tuple], device: torch.device) -> Callable:
-    """Forward, backward and optimizer step, as train.fit does them."""
-    optimizers = {"all": torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)}
-    skipped = torch.zeros(2, device=device)
-
-    def step():
-        with autocast(device):
-            loss, _ = objective(*inputs())
-        loss.backward()
-        update(optimizers, 1e-4, skipped)
-
-    return step
+def report(name: str, step: Callable[[], object], images: int, device: torch.device, peak: float) -> None:
+    flops = flops_of(step)
+    show_line(name, images, seconds_of(step, device), flops, device, peak)
 
 
-def bench_tokenizer(context: Context, batch: int, peak: float) -> None:
-    """The whole step, and its terms one by one."""
-    config, device, size = context.config, context.processes.device, context.config.image_size
-    tokenizer, teacher, pixel = build_tokenizer(asdict(config)), load_teacher(context), pixel_losses(context)
-    objective = TokenizerObjective(config, tokenizer, teacher.width, pixel).to(device).train().requires_grad_(True)
-    if config.compile:
-        compile_blocks(objective)
+def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float, flops: float) -> None:
+    """A stage's own loop for some steps: its time per step is the log's."""
+    loop = train.train_sit if stage == "sit" else lambda run: train.train_on_images(run, stage)
+    with tempfile.TemporaryDirectory() as out:
+        steps = {"tokenizer_steps": 12, "sit_steps": 40, "log_every": 4, "save_every": 0, "eval_every": 0, "out": out}
+        short = replace(run, config=replace(run.config, **steps), eval_items=run.eval_items[:2])
+        if stage == "sit":
+            make_latents(short, Path(out))
+        loop(short)
+        lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    speed = float(np.median([line["images_per_second"] for line in lines if "loss" in line][1:]))
+    show_line(name, batch, batch / speed, flops, run.device, peak)
+
+
+def make_latents(run: Run, out: Path) -> None:
+    """Latents of random numbers, and a tokenizer that they seem to be of, for the stage sit alone."""
+    config, count = run.config, len(run.train_items)
+    tokenizer = Tokenizer.from_config(vars(config)).eval()
+    train.trained_tokenizer = lambda run: (tokenizer.to(run.device), "bench")
+    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(config.tokens, config.channels), (count,))
+    rows["mean"], rows["std"], rows["label"] = 0.5, 0.1, np.arange(count) % len(run.data.classes)
+    rows.flush()
+    zeros, ones = [0.0] * config.channels, [1.0] * config.channels
+    write_text(json.dumps({"stamp": "bench", "latent_mean": zeros, "latent_std": ones}), out / "latents.json")
+
+
+def bench_terms(run: Run, batch: int, peak: float) -> None:
+    """What a step of the tokenizer consists of, one by one."""
+    config, device, size = run.config, run.device, run.config.image_size
     images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    generator, u = torch.Generator(device).manual_seed(0), torch.rand(batch, 4, DRAWS, device=device)
-    whole = Phase(config.perceptual_weight, config.adversarial_weight > 0, config.adversarial_weight)
-    features = teacher(images)
-
-    def inputs(phase: Phase, features: Callable[[], tuple]):
-        noise = torch.randn(batch, config.tokens, config.channels, generator=generator, device=device)
-        mask = random_mask(mask_ratio(batch, generator=generator), tokenizer.num_patches, generator)
-        return images, mask, None, noise, *features(), phase, u
-
-    def term(name: str, loss: Callable[[torch.Tensor], torch.Tensor]):
-        """The forward pass of a loss of the pixels and its gradient there."""
-
-        def step():
-            pixels = images.roll(1, 0).requires_grad_()
-            with autocast(device):
-                value = loss(pixels)
-            value.backward()
-
-        report(name, step, batch, device, peak)
-
-    step = training_step(objective, lambda: inputs(whole, lambda: teacher(images)), device)
-    report(f"tokenizer {config.size} step, batch {batch}", step, batch, device, peak)
-    if pixel.frozen[0] is None and pixel.adversary is None:
-        return
-    report("  teacher", lambda: teacher(images), batch, device, peak)
-    if pixel.frozen[0] is not None:
-        term("  LPIPS", lambda pixels: pixel.frozen[0](pixels, images).mean())
-    if pixel.adversary:
-        term("  discriminator's own loss", lambda pixels: pixel.adversary(pixels, images, u, False)[0])
-        term("  the same + adversarial", lambda pixels: sum(pixel.adversary(pixels, images, u, True)[:2]))
-    objective.pixel.requires_grad_(False)
-    step = training_step(objective, lambda: inputs(Phase(0.0, False, 0.0), lambda: features), device)
-    report("  the rest: tokenizer and AdamW", step, batch, device, peak)
-
-
-def once(step: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    tokenizer = Tokenizer.from_config(vars(config)).to(device)
+    encode, decode = run.ready(tokenizer.encoder), run.ready(tokenizer.decoder)
+    step = lambda: decode(encode(images, None).sample()).square().mean().backward()  # noqa: E731
+    report("  encoder and decoder, both ways", step, batch, device, peak)
+    if config.uses_teacher:
+        teacher = train.load_teacher(run, config)
+        report("  teacher", lambda: teacher(images), batch, device, peak)
+    if config.perceptual_weight:
+        lpips = run.frozen(load_lpips(config.weights, True))
+        report("  LPIPS", lambda: lpips(images.clone().requires_grad_(), images).mean().backward(), batch, device, peak)
+    if config.adversarial_weight:
+        eye, adversary = train.load_eye(run, config), Adversary(384).to(device)
+        judge, u = run.ready(adversary), torch.rand(batch, 4, DRAWS, device=device)
+        step = lambda: sum(judge(eye, images.clone().requires_grad_(), images, u, True)[:2]).backward()  # noqa: E731
+        report("  discriminator's loss and the decoder's", step, batch, device, peak)
 
 
 def bench_fid(device: torch.device, peak: float, samples: int) -> None:
@@ -161,9 +159,10 @@ def bench_fid(device: torch.device, peak: float, samples: int) -> None:
     generator = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(count, 2048, generator=generator) for count in (10_000, samples))
     pairs = (*statistics(real), *statistics(fake))
-    ours, scipys = once(lambda: frechet_distance(*pairs)), once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]))
+    ours = once(lambda: frechet_distance(*pairs), device)
+    scipys = once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]), device)
     print(f"Frechet distance, 2048 dimensions: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
-    seconds = once(lambda: precision_recall(real.to(device), fake.to(device)))
+    seconds = once(lambda: precision_recall(real.to(device), fake.to(device)), device)
     memory = peak_memory(device) / 1e9
     print(f"precision and recall, {samples:,} against 10,000 x 2048: {seconds:.1f} s, peak memory {memory:.1f} GB")
 
@@ -194,7 +193,6 @@ def bench_damage(folder: str, weights: str, processes: Processes) -> None:
             torch.manual_seed(0)
             torch.save(InceptionV3().state_dict(), f"{temporary}/{OFFICIAL['inception'].file}")
         model = load_inception(weights or temporary, processes.device)
-        sha256 = file_hash(official_path("inception", weights or temporary))
     files, found = ImageFolder(folder, 256).paths, {}
     for start in progress(range(0, len(files), 50), "features", processes):
         crops = [center_crop(read_image(file), 256) for file in files[start : start + 50]]
@@ -202,74 +200,85 @@ def bench_damage(folder: str, weights: str, processes: Processes) -> None:
             copies = torch.stack([image_tensor(damage(crop, amount) if damage else crop) for crop in crops])
             found.setdefault((damage, amount), []).append(inception_features(model, copies))
     originals = statistics(torch.cat(found[None, 0]))
-    official = sha256 == OFFICIAL["inception"].sha256
-    kind = "official" if official else "not the official ones" if weights else "random"
-    print(f"{len(files)} images; Inception weights: {kind}")
+    print(f"{len(files)} images; Inception weights: {'from ' + weights if weights else 'random'}")
     for (damage, amount), parts in found.items():
         distance = frechet_distance(*statistics(torch.cat(parts)), *originals)
         print(f"{damage.__name__ if damage else 'unchanged':10} {amount:3} {distance:12.4g}", flush=True)
 
 
+def bench_against(other: str, rounds: int = 5) -> None:
+    """Step times of the toy's two loops here and in another checkout, in turns, from what each run logs."""
+    trees, found = {"this tree": ROOT, other: Path(other).resolve()}, {}
+    for at in range(rounds):
+        for name, tree in trees.items() if at % 2 else reversed(trees.items()):
+            with tempfile.TemporaryDirectory() as out:
+                steps = "--tokenizer_steps 150 --decoder_steps 1 --sit_steps 150 --log_every 50 --sample_steps 2".split()
+                command = [sys.executable, str(tree / "train.py"), "--out", out, *steps]
+                subprocess.run(command, check=True, capture_output=True)
+                lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+            for stage in ("tokenizer", "sit"):
+                speeds = [line["images_per_second"] for line in lines if line["stage"] == stage and "loss" in line]
+                found.setdefault((stage, name), []).append(np.median(speeds))
+    for stage in ("tokenizer", "sit"):
+        ours, theirs = (float(np.median(found[stage, name])) for name in trees)
+        print(f"{stage:10} {ours:8.1f} images/s here, {theirs:8.1f} there: {ours / theirs:.3f}")
+
+
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--preset", default="toy", help="whose sizes to measure")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="whose sizes to measure")
     parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
     parser.add_argument("--samples", type=int, default=10_000, help="of --fid's precision and recall; published: 50000")
     parser.add_argument("--damage", metavar="FOLDER", help="distance of this folder's images to damaged copies instead")
     parser.add_argument("--weights", default="", help="folder with FID's Inception for --damage (default: random)")
+    parser.add_argument("--against", metavar="OTHER", help="compare with another checkout instead")
     args = parser.parse_args(arguments)
-    if args.damage:
-        return bench_damage(args.damage, args.weights, Processes.start())
-    config, _, _ = parse_config(["--preset", args.preset])
     processes = Processes.start()
-    device = processes.device
+    if args.damage:
+        return bench_damage(args.damage, args.weights, processes)
+    if args.against:
+        return bench_against(args.against)
+    config, _ = parse_config(["--preset", args.preset])
+    device, few = processes.device, 16
     batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
-    peak = matmul_peak(device)
-    print(
-        f"{device.type}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:.0f} GFLOP/s, preset {args.preset}"
-    )
-    print(f"{'':34} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
-
+    changes = {"batch_size": batch, "sit_batch_size": sit_batch, "micro_batch": 0, "discriminator_start": 0, "workers": 0}
+    run = Run.open(replace(config, compile=args.compile, **changes), processes, dry=True)
+    config, peak = run.config, matmul_peak(device)
+    print(f"{device.type}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:.0f} GFLOP/s, preset {args.preset}")
+    print(f"{'':40} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
     if args.fid:
         return bench_fid(device, peak, args.samples)
-    size = config.image_size
-    context = Context(replace(config, compile=args.compile), processes, Shapes(size), None, None, None, dry=True)
-    bench_tokenizer(context, batch, peak)
 
-    tokenizer = build_tokenizer(asdict(config)).to(device).eval()
-    sit = SiT(config.tokens, config.channels, 10, config.sit).to(device).train()
-    objective = SiTObjective(sit)
-    if args.compile:
-        compile_blocks(objective)
-    x = torch.randn(sit_batch, config.tokens, config.channels, device=device)
-    y, t = torch.arange(sit_batch, device=device) % 10, torch.rand(sit_batch, device=device)
-    step = training_step(objective, lambda: (x, y, t, torch.randn_like(x)), device)
-    report(f"sit {config.sit} step, batch {sit_batch}", step, sit_batch, device, peak)
+    bench_loop(f"tokenizer {config.size} step, batch {batch}", run, "tokenizer", batch, peak, 0)
+    bench_terms(run, batch, peak)
+    sit = SiT(config.tokens, config.channels, 10, config.sit).to(device)
+    x, y = torch.randn(sit_batch, config.tokens, config.channels, device=device), torch.arange(sit_batch, device=device) % 10
+    velocity = run.ready(sit)
+    flops = flops_of(lambda: velocity(x, torch.rand(len(x), device=device), y).square().mean().backward())
+    bench_loop(f"sit {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak, flops)
 
-    steps, few = 10, min(16, sit_batch)
+    tokenizer = Tokenizer.from_config(vars(config)).to(device).eval()
 
+    @torch.no_grad()
     def sampling():
         noise = seeded_noise(0, list(range(few)), (config.tokens, config.channels), device)
-        z = sample(sit, noise, y[:few], 10, "sde", steps, 2.0, (0.0, 0.7))
-        with torch.no_grad():
-            tokenizer.decode(z.float())
+        tokenizer.decode(sample(sit, noise, y[:few], 10, "sde", 10, 2.0).float())
 
-    report(f"sampling, {steps} SDE steps, batch {few}", sampling, few, device, peak)
+    if sit_batch >= few:
+        report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)
 
-    def load(dataset, workers):
-        batches = iter(
-            loader(dataset, [batch_indices(len(dataset), 32, 0, i, slice(0, 32)) for i in range(10_000)], workers)
-        )
+    def load(dataset):
+        lists = [batch_indices(len(dataset), 32, 0, i, slice(0, 32)) for i in range(10_000)]
+        batches = iter(loader(dataset, lists, 0))
         return lambda: next(batches)
 
-    report("loading shapes", load(Shapes(size), 0), 32, device, peak)
+    report("loading shapes", load(run.data), 32, device, peak)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(64):
-            image = Shapes(32)[i][0].permute(1, 2, 0).numpy()
-            Image.fromarray(image).resize((500, 400)).save(f"{folder}/{i}.jpg")
-        report(f"loading 500 x 400 JPEG at {size} px", load(ImageFolder(folder, size), 0), 32, device, peak)
+            Image.fromarray(run.data[i][0].permute(1, 2, 0).numpy()).resize((500, 400)).save(f"{folder}/{i}.jpg")
+        report(f"loading 500 x 400 JPEG at {config.image_size} px", load(ImageFolder(folder, config.image_size)), 32, device, peak)
 
 
 if __name__ == "__main__":

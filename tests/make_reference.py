@@ -79,14 +79,12 @@ def main(golden: Path) -> None:
     out |= {f"sampler/{key}": value for key, value in sampler.items() if not key.endswith("float32")}
     out["sampler/cases"] = np.array((golden / "sampler_cases.json").read_text())
     quality = np.load(golden / "psnr_ssim.npz")
-    out |= {f"psnr_ssim/{key}": quality[key][:2] for key in ("a", "b", "psnr_u8", "ssim_gauss_u8")}
+    out |= {f"psnr_ssim/{key}": quality[key][:2] for key in ("a", "b", "psnr_u8", "ssim_gauss_u8", "ssim_uniform7_u8")}
     fid = np.load(golden / "metrics_fid.npz")
     keys = ("mu_a", "sigma_a", "mu_b", "sigma_b", "small_a", "small_b")
     keys += ("fid_float64_eigh", "fid_small_float64_eigh", "fid_pytorchfid", "fid_small_pytorchfid")
     out |= {f"metrics_fid/{key}": fid[key] for key in keys}
-    contracts = (
-        "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain vgg16-397923af lpips_v0.1_vgg"
-    )
+    contracts = "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain vgg16-397923af lpips_v0.1_vgg"
     for name in (*contracts.split(), "sit1d_small", "maetok_sit-xl-1_c32_l128"):
         contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
         out[f"contract/{name}"] = np.array(json.dumps(contract))

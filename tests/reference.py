@@ -59,9 +59,7 @@ def official_folder(root: Path, *files: str) -> Path:
         state = {key: fill(key, shape) for key, shape in shapes.items() if "classifier" not in key}
         if file.startswith("lpips"):
             state = {key: value.abs() for key, value in state.items()}
-        state |= {
-            key: torch.zeros(1).expand(shape) for key, shape in shapes.items() if "classifier" in key
-        }  # small on disk
+        state |= {key: torch.zeros(1).expand(shape) for key, shape in shapes.items() if "classifier" in key}  # small on disk
         torch.save(state, root / f"{file}.pth")
     return root
 

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import array, contract, fill, filled
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-from align import ViT
-from losses import DRAWS, LPIPS, Adversary, DinoDiscriminator, LeCam, Phase, PixelLosses
-from losses import adaptive_weight, consistency_loss, diff_augment, hinge_loss
-from train import parse_config, phase_at
+import losses
+from align import DINO
+from losses import DRAWS, LPIPS, Adversary, Discriminator, NormedConv, adaptive_weight, consistency_loss, diff_augment
+from losses import hinge_loss, lecam_loss
+from train import backward, total
 
 
 @pytest.fixture(scope="module")
@@ -43,54 +47,72 @@ def test_lpips_is_zero_for_equal_images_and_its_gradient_leads_towards_the_targe
 
 
 @pytest.fixture(scope="module")
-def vit():
-    model = ViT("dino_vits16")
-    model.load_state_dict(filled("dino_deitsmall16_pretrain"))
-    return model.eval().requires_grad_(False)
+def eye():
+    dino = DINO()
+    dino.vit.load_state_dict(filled("dino_deitsmall16_pretrain"))
+    return dino.eval().requires_grad_(False)
 
 
-def test_discriminator_judges_each_patch_and_each_image_for_itself(vit):
+def test_discriminator_judges_each_patch_and_each_image_for_itself(eye):
     torch.manual_seed(0)
-    discriminator = DinoDiscriminator(vit)
+    discriminator = Discriminator(384)
     images = torch.rand(3, 3, 32, 48) * 2 - 1
-    logits = discriminator(images)
+    features = eye(images)
+    logits = discriminator(features)
     assert logits.shape == (3, 4, 6)  # 4 levels, 2 x 3 patches
-    levels = vit.levels(vit.normalise(images), (2, 5, 8, 11))
-    for found, expected in zip(discriminator.features(images), levels, strict=True):
-        assert torch.equal(found, expected[:, 1:])  # without the class token
-    assert torch.allclose(discriminator.heads[0](3 * found + 1, 2), discriminator.heads[0](found, 2), atol=1e-5)
-    torch.testing.assert_close(discriminator(images[1:2]), logits[1:2], atol=1e-5, rtol=0)
+    for i, (head, level) in enumerate(zip(discriminator.heads, features, strict=True)):
+        assert torch.equal(head(level), logits[:, i])
+        torch.testing.assert_close(head(3 * level + 1), head(level), atol=1e-5, rtol=0)  # the levels differ in scale
+    torch.testing.assert_close(discriminator(eye(images[1:2])), logits[1:2], atol=1e-5, rtol=0)
+    shown = (logits[0] - discriminator([torch.where(torch.arange(3) < 1, x.roll(1, 1), x) for x in features])[0]).abs()
+    assert (shown.view(4, 2, 3)[:, :, 2] < 1e-5).all() and (shown.view(4, 2, 3)[:, :, :2] > 1e-5).all()  # 3 x 3 places, row-major
+    with torch.autocast("cpu", torch.bfloat16):
+        assert discriminator(features).dtype == torch.float32 and torch.equal(discriminator(features), logits)
     assert sum(p.numel() for p in discriminator.parameters()) < 1e6  # DINO is not among them
-    with pytest.raises(ValueError, match="multiples of 16, not 40 x 40"):
-        discriminator(torch.zeros(1, 3, 40, 40))
 
 
-def test_only_refine_norms_moves_the_spectral_norms_and_towards_the_largest_singular_value(vit):
-    discriminator = DinoDiscriminator(vit)
+def test_spectral_norms_are_the_common_ones_and_only_refine_moves_them_to_the_largest_singular_value():
+    torch.manual_seed(0)
+    ours, theirs, x = NormedConv(6, 5, 3), spectral_norm(nn.Conv2d(6, 5, 3, padding=1)).eval(), torch.randn(2, 6, 4, 4)
     with torch.no_grad():
-        discriminator.heads[0].reduce.parametrizations.weight.original.mul_(3)
-    before = {key: value.clone() for key, value in discriminator.state_dict().items()}
-    discriminator.train()
-    discriminator(torch.zeros(1, 3, 16, 16))
-    assert all(torch.equal(value, before[key]) for key, value in discriminator.state_dict().items())
+        ours.weight.mul_(3)
+        theirs.bias.copy_(ours.bias)
+        theirs.parametrizations.weight.original.copy_(ours.weight)
+        theirs.parametrizations.weight[0]._u.copy_(ours.u)
+        theirs.parametrizations.weight[0]._v.copy_(ours.v)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original.grad)
+
+    adversary = Adversary(384).train()
+    with torch.no_grad():
+        adversary.discriminator.heads[0].reduce.weight.mul_(3)
+    before = {key: value.clone() for key, value in adversary.state_dict().items()}
+    adversary.discriminator([torch.zeros(1, 384, 1, 1)] * 4)
+    assert all(torch.equal(value, before[key]) for key, value in adversary.state_dict().items())
     for _ in range(50):
-        discriminator.refine_norms()
-    for head in discriminator.heads:
+        adversary.measure("logits", torch.zeros(2))
+        adversary.end_step(lambda sums: sums)
+    for head in adversary.discriminator.heads:
         for layer in (head.reduce, head.mix, head.judge):
-            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.03)
+            largest = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
+            assert (layer.u @ layer.weight.flatten(1) @ layer.v / largest).item() == pytest.approx(1, abs=0.03)
 
 
-def test_hinge_consistency_and_lecam_by_hand():
+def test_hinge_consistency_and_lecam_by_hand(monkeypatch):
     assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == pytest.approx((0.5 + 1.0) / 2)
     weak, strong = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]]), torch.tensor([[[3.0, 1.0], [1.0, 1.0]]])
     assert consistency_loss(weak, strong).item() == 0.5  # level means 2, 2 and 0, 1
-    lecam = LeCam(decay=0.5)
-    real, fake = torch.tensor([1.0, -1.0]), torch.tensor([0.5])
-    assert lecam(real, fake).item() == 0.5  # averages 0: (1 + 0) / 2 + 0
+    real, fake, adversary = torch.tensor([1.0, -1.0]), torch.tensor([0.5]), Adversary(8)
+    assert lecam_loss(real, fake, adversary.averages).item() == 0.5  # averages 0: (1 + 0) / 2 + 0
+    assert losses.LECAM_DECAY == 0.999
+    monkeypatch.setattr(losses, "LECAM_DECAY", 0.5)
     for means, expected in (((2.0, -1.0), (1.0, -0.5)), ((3.0, 0.5), (2.0, 0.0)), ((2.0, -4.0), (2.0, -2.0))):
-        lecam.update(torch.tensor(means))
-        assert lecam.ema.tolist() == list(expected)
-    assert lecam(real, fake).item() == (9 + 1) / 2 + 1.5**2
+        adversary.measure("logits", torch.tensor(means))
+        adversary.end_step(lambda sums: sums)
+        assert adversary.averages.tolist() == list(expected)
+    assert lecam_loss(real, fake, adversary.averages).item() == (9 + 1) / 2 + 1.5**2
 
 
 def test_diff_augment_is_a_differentiable_function_of_its_draws():
@@ -136,89 +158,135 @@ def test_adaptive_weight_on_two_layers_by_hand():
     assert adaptive_weight(first, torch.zeros(()), 10).item() == 10  # a vanishing gradient, too
 
 
-class Painter(torch.nn.Module):
-    """A two-layer "decoder" of one 16-px image."""
+class Painter(nn.Module):
+    """A two-layer "decoder" of 16-px images."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.code = torch.nn.Parameter(torch.randn(1, 4))
-        self.last = torch.nn.Linear(4, 3 * 16 * 16)
+        self.code = nn.Parameter(torch.randn(2, 4))
+        self.last = nn.Linear(4, 3 * 16 * 16)
 
     def forward(self):
-        return self.last(self.code).view(1, 3, 16, 16)
+        return self.last(self.code).unflatten(1, (3, 16, 16))
 
 
-def weighed(painter, pixel, phase, images, u):
-    """-> loss, logs, and the gradient of the last layer."""
-    painter.zero_grad()
-    pixel.zero_grad()
-    loss, logs = pixel(painter(), images, painter.last.weight, phase, u)
-    loss.backward()
-    return loss, logs, painter.last.weight.grad.clone()
+WEIGHTS = {"mse": 1.0, "perceptual": 2.0, "adversarial": 0.2, "rest": 0.5}
 
 
-def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs(vit):
-    config, _, _ = parse_config(
-        "--adversarial_weight 0.2 --discriminator_start 3 --discriminator_delay 2 --perceptual_weight 0".split()
-    )
-    painter, pixel = Painter(), PixelLosses(vit=vit)
-    calls = []
-    pixel.adversary.discriminator.register_forward_pre_hook(lambda *_: calls.append(1))
-    judge = pixel.adversary.discriminator.judge
-    pixel.adversary.discriminator.judge = lambda *inputs: calls.append(1) or judge(*inputs)
-    images, u = torch.rand(1, 3, 16, 16) - 0.5, torch.rand(1, 4, DRAWS)
-    plain = (painter() - images).square().mean()
-    (expected,) = torch.autograd.grad(plain, painter.last.weight)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "levels", None)  # before its start nothing of it may be touched
-        loss, logs, gradient = weighed(painter, pixel, phase_at(config, 2), images, None)
-    assert not calls and loss == plain and "discriminator" not in logs
-    torch.testing.assert_close(gradient, expected)
-    pixel.adversary.requires_grad_(True)
-    loss, logs, gradient = weighed(painter, pixel, phase_at(config, 4), images, u)
-    assert calls and "adversarial" not in logs
-    torch.testing.assert_close(gradient, expected)  # it trains, and the decoder does not feel it
-    felt = {name: p.grad.abs().sum() for name, p in pixel.adversary.named_parameters()}
-    assert all(value > 1e-4 for name, value in felt.items() if "judge.bias" not in name)  # there the two sides cancel
-    assert loss.item() == pytest.approx(plain.item())
-    pixel.adversary.weight.fill_(7.0)
-    loss, logs, gradient = weighed(painter, pixel, phase_at(config, 5), images, u)
-    fake = pixel.adversary.discriminator(diff_augment(painter(), u[:, 0], strong=False))
-    (against,) = torch.autograd.grad(-fake.mean(), painter.last.weight)
-    torch.testing.assert_close(gradient, expected + 0.2 * 7 * against)
-    assert loss.item() == pytest.approx(plain.item() - 0.2 * 7 * fake.mean().item(), abs=1e-5)
-    assert logs["adaptive_weight"] == 7
+def draws(seed=0):
+    """Images and what they are augmented with."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(2, 3, 16, 16, generator=generator) - 0.5, torch.rand(2, 4, DRAWS, generator=generator)
 
 
-def test_the_discriminators_loss_and_its_gradient_by_hand(vit):
+def learn(painter, data, adversary=None, eye=None, lpips=None, fool=False, rows=slice(None), share=1.0):
+    """Eq. 7 as `train.train_on_images` differentiates it, on some rows; adds to the gradients -> terms."""
+    images, u = (part[rows] for part in data)
+    reconstruction = painter()[rows]
+    pixels = reconstruction.detach().requires_grad_()
+    terms = {"mse": F.mse_loss(pixels, images)} | ({"perceptual": lpips(pixels, images).mean()} if lpips else {})
+    (slope,) = torch.autograd.grad(total(terms, WEIGHTS), pixels)
+    judgement, logs = None, {}
+    if adversary:
+        judgement, fooled, logs = adversary(eye, pixels, images, u, fool)
+    if fool:
+        (against,) = torch.autograd.grad(fooled, pixels)
+        slope = slope + WEIGHTS["adversarial"] * adversary.balanced(reconstruction, painter.last.weight, slope, against)
+    rest = total({"rest": painter.code[rows].square().mean()}, WEIGHTS)
+    backward(reconstruction, slope, [rest, judgement], share)
+    return terms | logs
+
+
+def gradients(module):
+    found = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    return found
+
+
+def plain_loss(painter, data, adversary=None, eye=None, lpips=None):
+    """The same sum written out, for the painter."""
+    loss = (painter() - data[0]).square().mean() + 0.5 * painter.code.square().mean()
+    if lpips:
+        loss = loss + 2 * lpips(painter(), data[0]).mean()
+    if adversary:
+        loss = loss - 0.2 * adversary.weight * adversary.discriminator(eye(diff_augment(painter(), data[1][:, 0], False))).mean()
+    return loss
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, list(expected), atol=1e-6, rtol=1e-4)
+
+
+def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs(eye):
+    painter, adversary, data = Painter(), Adversary(384), draws()
+    without = torch.autograd.grad(plain_loss(painter, data), list(painter.parameters()))
+    learn(painter, data)
+    same(gradients(painter), without)
+    assert gradients(adversary) == [None] * len(list(adversary.parameters()))  # it has not begun
+    learn(painter, data, adversary, eye)
+    same(gradients(painter), without)  # it trains, and the decoder does not feel it
+    for name, p in adversary.named_parameters():
+        assert p.grad.abs().sum() > 1e-4 or "judge.bias" in name, name  # there the two sides cancel
+    trains = gradients(adversary)
+    adversary.weight.fill_(7.0)
+    terms = learn(painter, data, adversary, eye, fool=True)
+    felt = torch.autograd.grad(plain_loss(painter, data, adversary, eye), list(painter.parameters()))
+    assert terms["adaptive_weight"] == 7 and all(not torch.allclose(a, b, rtol=0.01) for a, b in zip(felt, without))
+    same(gradients(painter), felt)
+    same(gradients(adversary), trains)  # what fools it does not teach it
+    assert all(p.grad is None for p in eye.parameters())
+
+
+def test_all_terms_together_have_the_gradient_of_their_sum_and_pieces_of_a_batch_add_up(eye, lpips):
+    painter, adversary, data = Painter(), Adversary(384), draws()
+    adversary.weight.fill_(3.0)
+    expected = torch.autograd.grad(plain_loss(painter, data, adversary, eye, lpips), list(painter.parameters()))
+    terms = learn(painter, data, adversary, eye, lpips, fool=True)
+    same(gradients(painter), expected)
+    assert terms["perceptual"] > 0 and torch.equal(terms["mse"], F.mse_loss(painter(), data[0]))
+    for i in range(2):
+        learn(painter, data, adversary, eye, lpips, True, slice(i, i + 1), share=0.5)
+    same(gradients(painter), expected)
+
+
+def test_the_discriminators_loss_and_its_gradient_by_hand(eye):
     torch.manual_seed(0)
-    adversary = Adversary(vit).requires_grad_(True)
-    adversary.lecam.ema.copy_(torch.tensor([0.3, -0.2]))
-    pixels, images, u = torch.rand(2, 3, 16, 16) - 0.5, torch.rand(2, 3, 16, 16) - 0.5, torch.rand(2, 4, DRAWS)
-    loss, _, logs = adversary(pixels, images, u, False)
-    gradients = torch.autograd.grad(loss, list(adversary.parameters()))
-    fake, real = (adversary.discriminator(diff_augment(x, u[:, i], False)) for x, i in ((pixels, 0), (images, 1)))
-    other_fake, other_real = (
-        adversary.discriminator(diff_augment(x, u[:, i], True)) for x, i in ((pixels, 2), (images, 3))
-    )
+    adversary, (images, u) = Adversary(384), draws()
+    adversary.averages.copy_(torch.tensor([0.3, -0.2]))
+    pixels = (torch.rand(2, 3, 16, 16) - 0.5).requires_grad_()
+    loss, fooled, logs = adversary(eye, pixels, images, u, False)
+    assert fooled.item() == 0 and not fooled.requires_grad
+    *found, at_pixels = torch.autograd.grad(loss, [*adversary.parameters(), pixels], allow_unused=True)
+    assert at_pixels is None
+    seen = ((pixels, 0, False), (images, 1, False), (pixels, 2, True), (images, 3, True))
+    views = (adversary.discriminator(eye(diff_augment(x.detach(), u[:, i], strong))) for x, i, strong in seen)
+    fake, real, other_fake, other_real = views
     hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
     consistency = sum((a.mean(2) - b.mean(2)).square().mean() for a, b in ((fake, other_fake), (real, other_real)))
     lecam = (real + 0.2).clamp(min=0).square().mean() + (0.3 - fake).clamp(min=0).square().mean()
     expected = hinge + 4 * consistency + 0.001 * lecam
     torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(adversary.parameters()))):
+    for ours, theirs in zip(found, torch.autograd.grad(expected, list(adversary.parameters())), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(logs["discriminator"], hinge)
+    by_hand = {
+        "discriminator": hinge,
+        "consistency": consistency,
+        "lecam": lecam,
+        "logit_real": real.mean(),
+        "logit_fake": fake.mean(),
+    }
+    torch.testing.assert_close({name: logs[name] for name in by_hand}, by_hand)
+    torch.testing.assert_close(adversary(eye, pixels, images, u, True)[1], -fake.mean())
 
 
-def test_the_discriminator_learns_to_tell_two_sets_apart(vit):
+def test_the_discriminator_learns_to_tell_two_sets_apart(eye):
     torch.manual_seed(0)
-    adversary = Adversary(vit).requires_grad_(True)
+    adversary = Adversary(384)
     pixels, images = torch.zeros(4, 3, 32, 32), torch.rand(4, 3, 32, 32) - 0.5
     optimizer, hinges = torch.optim.Adam(adversary.parameters(), 1e-4), []
     for _ in range(40):
-        loss, _, logs = adversary(pixels, images, torch.rand(4, 4, DRAWS), False)
+        loss, _, logs = adversary(eye, pixels, images, torch.rand(4, 4, DRAWS), False)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -226,59 +294,53 @@ def test_the_discriminator_learns_to_tell_two_sets_apart(vit):
     assert hinges[-1] < hinges[0] - 0.1 and logs["logit_real"] > logs["logit_fake"] + 0.2
 
 
-VECTOR = "heads.0.reduce.parametrizations.weight.0._u"
-
-
-def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(vit):
-    config, _, _ = parse_config("--adversarial_weight 0.2 --discriminator_start 0 --discriminator_delay 0".split())
-    painter, pixel = Painter(), PixelLosses(vit=vit)
-    images, u = torch.rand(1, 3, 16, 16) - 0.5, torch.rand(1, 4, DRAWS)
-    vector = pixel.adversary.discriminator.state_dict()[VECTOR].clone()
-    _, logs, _ = weighed(painter, pixel, phase_at(config, 0), images, u)
-    assert logs["adaptive_weight"] == 0
-    (first,) = torch.autograd.grad((painter() - images).square().mean(), painter.last.weight)
-    fake = pixel.adversary.discriminator(diff_augment(painter(), u[:, 0], strong=False)).mean()
-    (second,) = torch.autograd.grad(-fake, painter.last.weight)
-    pixel.adversary.finish_step(lambda total: total)
-    assert pixel.adversary.weight.item() == pytest.approx(
-        (first.norm() / second.norm()).clamp(max=100).item(), rel=1e-3
+def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(eye):
+    painter, adversary, data = Painter(), Adversary(384), draws()
+    vector = adversary.discriminator.heads[0].reduce.u.clone()
+    learn(painter, data, adversary, eye)
+    adversary.end_step(lambda sums: sums)
+    assert adversary.weight == 0 and not adversary.measured  # the decoder does not feel it yet
+    assert not torch.equal(adversary.discriminator.heads[0].reduce.u, vector)  # the norms are refined
+    adversary.averages.zero_()
+    assert learn(painter, data, adversary, eye, fool=True)["adaptive_weight"] == 0
+    fake, real = (
+        adversary.discriminator(eye(diff_augment(x, data[1][:, i], False))).mean() for i, x in enumerate((painter(), data[0]))
     )
-    assert pixel.adversary.lecam.ema[1].item() == pytest.approx(0.001 * fake.item(), rel=1e-3)
-    assert not torch.equal(pixel.adversary.discriminator.state_dict()[VECTOR], vector)  # the norms are refined
-    before = pixel.adversary.weight.clone()
+    (first,) = torch.autograd.grad((painter() - data[0]).square().mean(), painter.last.weight)
+    (second,) = torch.autograd.grad(-fake, painter.last.weight)
+    adversary.end_step(lambda sums: sums)
+    weight = (first.norm() / second.norm()).clamp(max=100).item()
+    assert adversary.weight.item() == pytest.approx(weight, rel=1e-3)
+    assert adversary.averages.tolist() == pytest.approx([0.001 * real.item(), 0.001 * fake.item()], rel=1e-3)
+    before = adversary.weight.clone()
     inf, nan = float("inf"), float("nan")
     for first, second in ((nan, 1.0), (inf, 1.0), (1.0, inf), (3e38, 1.0)):  # of steps that were skipped
-        pixel.adversary.measure("logits", torch.full((2,), first))
-        pixel.adversary.measure("reconstruction", torch.full((2,), first))
-        pixel.adversary.measure("adversarial", torch.full((2,), second))
-        pixel.adversary.finish_step(lambda total: total)
-        assert pixel.adversary.weight == before and pixel.adversary.lecam.ema.isfinite().all()
+        adversary.measure("logits", torch.full((2,), first))
+        adversary.measure("slope", torch.full((2,), first))
+        adversary.measure("against", torch.full((2,), second))
+        adversary.end_step(lambda sums: sums)
+        assert adversary.weight == before and adversary.averages.isfinite().all()
 
 
-def test_lpips_reaches_the_decoder_with_its_weight(lpips):
-    painter, images = Painter(), torch.rand(1, 3, 16, 16) - 0.5
-    loss, logs, gradient = weighed(painter, PixelLosses(lpips), Phase(2.0, False, 0.0), images, None)
-    expected = (painter() - images).square().mean() + 2 * lpips(painter(), images).mean()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, painter.last.weight)[0])
-    assert logs["lpips"] > 0
+def test_what_a_step_measures_does_not_depend_on_its_pieces(eye):
+    found = []
+    for pieces in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        painter, data = Painter(), draws()
+        torch.manual_seed(0)
+        adversary = Adversary(384)
+        for rows in pieces:
+            learn(painter, data, adversary, eye, fool=True, rows=rows, share=1 / len(pieces))
+        adversary.end_step(lambda sums, pieces=pieces: sums / len(pieces))
+        found.append([adversary.weight, adversary.averages])
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=1e-3)
+    assert 0 < found[0][0] < losses.MAX_ADAPTIVE_WEIGHT
 
 
-def test_perceptual_weight_ramps_and_the_adversary_joins_in_two_steps():
-    words = "--perceptual_weight 2 --perceptual_warmup 4 --adversarial_weight 0.2 --discriminator_start 3 --discriminator_delay 2"
-    config, _, _ = parse_config(words.split())
-    phases = [phase_at(config, step) for step in range(7)]
-    assert [phase.perceptual for phase in phases] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
-    assert [phase.discriminate for phase in phases] == [False] * 3 + [True] * 4
-    assert [phase.adversarial for phase in phases] == [0] * 5 + [0.2] * 2
-    offline, _, _ = parse_config([])
-    assert phase_at(offline, 10**9) == (0.0, False, 0.0)
-
-
-def test_the_frozen_networks_are_in_no_checkpoint(vit, lpips):
-    """DINO and VGG stay outside state_dict(), the optimizer and DDP."""
-    keys = PixelLosses(lpips, vit).state_dict().keys()
-    assert keys and all(
-        key.startswith(("adversary.discriminator.heads.", "adversary.lecam", "adversary.weight")) for key in keys
-    )
-    assert not PixelLosses(lpips).state_dict() and isinstance(PixelLosses(lpips, vit).adversary, Adversary)
+def test_the_frozen_networks_are_in_no_checkpoint(eye):
+    """DINO stays outside state_dict(), the optimizer and DDP, after use too; LPIPS is not handed in at all."""
+    painter, adversary = Painter(), Adversary(384)
+    learn(painter, draws(), adversary, eye, fool=True)
+    keys = adversary.state_dict().keys()
+    assert {"averages", "weight"} <= keys and all(key.startswith(("discriminator.heads.", "averages", "weight")) for key in keys)
+    assert {module for module in adversary.modules() if isinstance(module, DINO | LPIPS)} == set()
+    assert sum(value.numel() for value in adversary.state_dict().values()) < 1e6

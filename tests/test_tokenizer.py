@@ -17,26 +17,29 @@ def test_sizes_are_the_papers_within_4_percent(size, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
 
 
-def test_shapes_and_gradients_reach_every_parameter():
-    model = toy().train()
+@pytest.mark.parametrize("posterior", tk.POSTERIORS)
+def test_shapes_and_gradients_reach_every_parameter(posterior):
+    model = toy(posterior=posterior).train()
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    reconstruction, posterior, z = model(images, torch.eye(16, dtype=torch.bool)[:2])
-    assert reconstruction.shape == images.shape and z.shape == posterior.mean.shape == (2, 4, 3)
-    (reconstruction.square().mean() + posterior.kl().mean()).backward()
+    reconstruction, q, z = model(images, torch.eye(16, dtype=torch.bool)[:2])
+    assert reconstruction.shape == images.shape and z.shape == q.mean.shape == q.std.shape == (2, 4, 3)
+    assert isinstance(q, tk.POSTERIORS[posterior]) and q.kl().shape == (2, 4)
+    (reconstruction.square().mean() + q.kl().mean()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_mask_hides_pixels_in_training_and_nothing_in_eval():
-    model, images = toy(), torch.rand(1, 3, 16, 16) * 2 - 1
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_that_is_passed_hides_pixels_in_training_and_eval_alike(training):
+    model, images = toy().train(training), torch.rand(1, 3, 16, 16) * 2 - 1
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True  # row 1, column 1 of the 4 x 4 patches
     changed = images.clone()
     changed[:, :, 4:8, 4:8] = 0.5
-    model.train()
     assert torch.equal(model.encode(images, mask).mean, model.encode(changed, mask).mean)
     assert not torch.allclose(model.encode(images, mask).mean, model.encode(images).mean)
-    model.eval()
-    assert torch.equal(model.encode(images, mask).mean, model.encode(images).mean)
+    assert not torch.allclose(model.encode(images).mean, model.encode(changed).mean)
+    assert torch.equal(model.encode(images, mask).mean, model.train(not training).encode(images, mask).mean)
+    assert torch.equal(model.encode(images, ~mask & mask).mean, model.encode(images).mean)
 
 
 def test_output_patches_lie_where_input_patches_lie():
@@ -51,16 +54,28 @@ def test_output_patches_lie_where_input_patches_lie():
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
 
 
-def test_kl_is_the_closed_form():
-    posterior = tk.Posterior(torch.randn(2, 4, 3), torch.randn(2, 4, 3))
+def test_gaussian_samples_with_its_noise_and_has_the_closed_form_kl():
+    posterior, noise = tk.Gaussian(torch.randn(2, 4, 3), torch.randn(2, 4, 3)), torch.randn(2, 4, 3)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).sum(-1)
     torch.testing.assert_close(posterior.kl(), expected)
+    torch.testing.assert_close(posterior.std.square().log(), posterior.logvar)
+    torch.testing.assert_close(posterior.sample(noise), posterior.mean + posterior.std * noise)
+    assert not torch.equal(posterior.sample(), posterior.sample())
+
+
+def test_a_point_has_no_noise_and_no_kl():
+    model, images, noise = toy(posterior="point"), torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 3)
+    reconstruction, posterior, z = model(images, noise=noise)
+    assert torch.equal(z, posterior.mean) and torch.equal(posterior.sample(noise), posterior.sample())
+    assert torch.equal(reconstruction, model(images)[0])
+    assert not posterior.std.any() and not posterior.kl().any() and posterior.kl().shape == (2, 4)
+    assert model.encoder.to_moments.out_features == 3 and toy().encoder.to_moments.out_features == 6
 
 
 def test_extreme_logvar_stays_finite():
     model = toy()
-    torch.nn.init.constant_(model.to_moments.bias, 1e4)
+    torch.nn.init.constant_(model.encoder.to_moments.bias, 1e4)
     posterior = model.encode(torch.zeros(1, 3, 16, 16))
     assert posterior.logvar.max() == 20 and posterior.kl().isfinite().all()
 
@@ -82,19 +97,31 @@ def test_normalize_round_trip():
 
 
 @pytest.mark.parametrize(
-    "changes, named",
-    [({"tokens": 5}, "5"), ({"patch_size": 5}, "5"), ({"size": "huge"}, "huge"), ({"channels": 0}, "0")],
+    "changes, named", [({"tokens": 5}, "5"), ({"patch_size": 5}, "5"), ({"size": "huge"}, "huge"), ({"channels": 0}, "0")]
 )
 def test_impossible_geometry_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
         toy(**changes)
 
 
+def test_a_larger_dict_makes_a_tokenizer():
+    own = {"image_size": 24, "patch_size": 4, "tokens": 9, "channels": 5, "size": "toy", "posterior": "point"}
+    made = tk.Tokenizer.from_config(own | {"lr": 1.0, "sit": "XL"})
+    assert (made.num_patches, made.tokens, made.channels, made.encoder.posterior) == (36, 9, 5, tk.Point)
+    made.load_state_dict(tk.Tokenizer(**own).state_dict())
+    with pytest.raises(KeyError, match="posterior"):
+        tk.Tokenizer.from_config({key: value for key, value in own.items() if key != "posterior"})
+
+
 def test_dinov2_initialised_encoder_equals_timm_at_patch_16():
     """Golden: DINOv2 S/14 moved to 16-px patches at 256 px. The encoder's blocks, run as a plain ViT, give its features."""
     name, state = "dinov2_vits14_patch16", filled("dinov2_vits14_pretrain")
     encoder = tk.Tokenizer(256, 16, 64, 8, "S").encoder
+    own = {key: value.clone() for key, value in encoder.state_dict().items()}
     tk.load_dinov2(encoder, state)
+    assert all(
+        torch.equal(encoder.state_dict()[key], own[key]) for key in ("latent_tokens", "to_moments.weight", "to_moments.bias")
+    )
     kernel = tk.resample_patch_kernel(state["patch_embed.proj.weight"], 16)
     torch.testing.assert_close(kernel[::16], array(f"{name}/kernel"), atol=3e-6, rtol=0)
     torch.testing.assert_close(encoder.pos_embed.data[0, :, :8], array(f"{name}/positions")[1:], atol=1e-6, rtol=0)
@@ -115,8 +142,10 @@ def test_dinov2_with_registers_initialises_too_and_a_missing_key_is_named():
     encoder = tk.Tokenizer(64, 16, 4, 8, "S").encoder
     tk.load_dinov2(encoder, filled("dinov2_vits14_reg4_pretrain"))
     state = filled("dinov2_vits14_pretrain")
-    del state["blocks.3.ls1.gamma"]
-    with pytest.raises(ValueError, match=r"blocks\.3\.ls1\.gamma"):
+    with pytest.raises(RuntimeError, match=r"384.*768"):
+        tk.load_dinov2(tk.Tokenizer(64, 16, 4, 8, "B").encoder, state)
+    gamma = state.pop("blocks.3.ls1.gamma")
+    with pytest.raises(RuntimeError, match=r"Missing.*blocks\.3\.ls1\.gamma"):
         tk.load_dinov2(encoder, state)
-    with pytest.raises(ValueError, match=r"384.*768"):
-        tk.load_dinov2(tk.Tokenizer(64, 16, 4, 8, "B").encoder, filled("dinov2_vits14_pretrain"))
+    with pytest.raises(RuntimeError, match=r"Unexpected.*blocks\.99\.ls1\.gamma"):
+        tk.load_dinov2(encoder, state | {"blocks.3.ls1.gamma": gamma, "blocks.99.ls1.gamma": gamma})

@@ -1,4 +1,4 @@
-"""train.py and sample.py through their command lines."""
+"""train.py, sample.py and recipes.py, mostly through their command lines."""
 
 import dataclasses
 import json
@@ -15,10 +15,14 @@ import torch
 from PIL import Image
 from reference import ENV, ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, official_folder, succeed
 
-import data
 import losses
+import recipes
 import sample
 import train
+from plumbing import state
+from plumbing.data import Latents
+from plumbing.run import Processes, UserError, command_line, file_hash, load_checkpoint
+from plumbing.weights import OFFICIAL
 
 PROCESS_COUNT_TOLERANCE = 1e-5
 
@@ -43,8 +47,8 @@ def whole(images, weights):
 
     A small learning rate: rounding moves the kinks of VGG's max pools, and larger steps soon make that visible.
     """
-    terms = "--perceptual_weight 1 --perceptual_warmup 5 --adversarial_weight 0.2 --discriminator_start 10"
-    return f"{TINY} {TINY_STEPS} {terms} --discriminator_delay 2 --lr 1e-4 --batch_size 4 --weights {weights} --data {images}"
+    terms = "--perceptual_weight 1 --adversarial_weight 0.2 --discriminator_start 10"
+    return f"{TINY} {TINY_STEPS} {terms} --lr 1e-4 --batch_size 4 --weights {weights} --data {images}"
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +60,9 @@ def finished(whole, tmp_path_factory):
 
 
 def log_lines(out, stage):
+    """The lines of a stage by step; of a resumed run the last one of a step counts."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["stage"] == stage]
+    return list({line["step"]: line for line in lines if line["stage"] == stage and "loss" in line}.values())
 
 
 def same_weights(a, b, tolerance=0.0):
@@ -76,34 +81,27 @@ def same_weights(a, b, tolerance=0.0):
         else:
             assert x == y
 
-    compare(data.load_checkpoint(a), data.load_checkpoint(b))
+    compare(load_checkpoint(a), load_checkpoint(b))
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    names = {
-        "config.json",
-        "log.jsonl",
-        "result.json",
-        "masks.png",
-        "reconstructions.png",
-        "samples.png",
-        "latents.bin",
-    }
-    names |= {"tokenizer.pt", "decoder.pt", "sit.pt"}
-    assert set(os.listdir(finished)) == names
+    names = (
+        "log.jsonl result.json latents.npy latents.json masks.png reconstructions.png samples.png tokenizer.pt decoder.pt sit.pt"
+    )
+    assert set(os.listdir(finished)) == set(names.split())
     assert (finished / "tokenizer.pt").stat().st_size < 40e6  # without VGG and DINO
     result = json.loads((finished / "result.json").read_text())
     assert result["decoder"]["psnr"] > 5 and result["decoder"]["held_out_images"] == 8
     assert result["decoder"]["hog_frechet_distance"] > 0 and result["sit"]["hog_frechet_distance"] > 0  # not called FID
-    assert result["config"] == json.loads((finished / "config.json").read_text())
+    assert result["config"] == load_checkpoint(finished / "sit.pt")["config"]
     line = log_lines(finished, "tokenizer")[-1]
-    expected = "loss mse lpips adversarial kl align_local align_global discriminator consistency lecam adaptive_weight"
+    expected = "loss mse perceptual adversarial kl local global discriminator consistency lecam adaptive_weight"
     expected += " kl_per_token active_units latent_std model_grad_norm discriminator_grad_norm lr images_per_second"
     assert set(expected.split()) <= line.keys() and line["step"] == 20 and line["skipped_steps"] == 0
     assert all(np.isfinite(value) for value in line.values() if not isinstance(value, str))
     assert 0 < line["adaptive_weight"] <= losses.MAX_ADAPTIVE_WEIGHT
     assert "adversarial" in log_lines(finished, "decoder")[0]
-    assert "1 LPIPS" in result["objective"] and "0.2 adversarial (from step 12)" in result["objective"]
+    assert "1 perceptual + 0.2 adversarial" in result["objective"] and "off" not in result["objective"]
     assert len(result["weights"]) == 3 and all(len(sha256) == 64 for sha256 in result["weights"].values())
     assert Image.open(finished / "samples.png").size == (8 * 64, 3 * 64)  # 3 classes
     assert log_lines(finished, "tokenizer")[0]["loss"] > line["loss"]
@@ -111,19 +109,20 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_the_decoder_stage_goes_on_with_the_discriminator(finished, whole):
     """Its weights, moving averages and adaptive weight are those of tokenizer.pt."""
-    config, _, _ = train.parse_config([*whole.split(), "--out", str(finished)])
-    context = train.open_context(config, data.Processes(0, 1, torch.device("cpu")))
-    found = train.decoder_job(context).objective.pixel.state_dict()
-    saved = data.load_checkpoint(finished / "tokenizer.pt")["model"]
-    assert found and all(torch.equal(value, saved[f"pixel.{key}"]) for key, value in found.items())
-    assert found["adversary.weight"] > 0
+    config, _ = recipes.parse_config([*whole.split(), "--out", str(finished)])
+    run = state.Run.open(config, Processes(0, 1, torch.device("cpu")))
+    adversary, tokenizer = losses.Adversary(384), train.Tokenizer.from_config(dataclasses.asdict(config))
+    steps, _ = train.start_from(run, "decoder", tokenizer, adversary)
+    saved = load_checkpoint(finished / "tokenizer.pt")
+    assert steps == 20 and all(torch.equal(value, saved["adversary"][key]) for key, value in adversary.state_dict().items())
+    assert adversary.weight > 0 and torch.equal(tokenizer.encoder.norm.bias, saved["ema"]["encoder.norm.bias"])
 
 
 def test_latent_statistics_are_those_of_the_latents(finished):
     """The buffers saved with the tokenizer normalise posterior samples of the training set."""
-    saved = data.load_checkpoint(finished / "sit.pt")["tokenizer"]
-    header = json.loads((finished / "latents.bin").read_bytes()[: data.LatentCache.HEADER])
-    cache = data.LatentCache(finished / "latents.bin", header["stamp"])
+    saved = load_checkpoint(finished / "sit.pt")["tokenizer"]
+    stamp, count = json.loads((finished / "latents.json").read_text())["stamp"], len(np.load(finished / "latents.npy"))
+    cache = Latents(finished / "latents.npy", stamp, count, 4, 4, 3)
     mean, std, labels = cache.batch(list(range(len(cache))))
     z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     normal = (z - saved["latent_mean"]) / saved["latent_std"]
@@ -134,7 +133,7 @@ def test_latent_statistics_are_those_of_the_latents(finished):
 def close_weights(ours, theirs):
     """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
     for key, value in theirs.items():
-        if key == "pixel.adversary.weight":  # a ratio of gradients through VGG's max pools
+        if key == "weight" and value.ndim == 0:  # of the adversary: a ratio of gradients through VGG's max pools
             torch.testing.assert_close(ours[key], value, atol=0, rtol=1e-2)
             continue
         acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
@@ -146,18 +145,18 @@ def close_weights(ours, theirs):
 KILL_AFTER_SAVE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import data, train
-stage = {stage!r}
-save, write = train.save, data.LatentCache.write
-def save_then_die(job, context, ema, optimizers, step):
-    save(job, context, ema, optimizers, step)
-    if job.stage == stage and step == 10:
+import train
+stage, save, batch = {stage!r}, train.State.save, train.to_float
+def save_then_die(self):
+    save(self)
+    if self.stage == stage and self.step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-def write_then_die(*arguments):
-    write(*arguments)
-    if stage == "latents":
-        os.kill(os.getpid(), signal.SIGKILL)
-train.save, data.LatentCache.write = save_then_die, write_then_die
+def die_in_latents(run):
+    train.to_float = lambda images: os.kill(os.getpid(), signal.SIGKILL) if seen else seen.append(1) or batch(images)
+    return cache_latents(run)
+seen, cache_latents, train.State.save = [], train.cache_latents, save_then_die
+if stage == "latents":
+    train.cache_latents = die_in_latents
 train.main(sys.argv[1:])
 """
 
@@ -166,14 +165,15 @@ def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, whole, tmp_
     """kill -9 after step 10 of each stage in turn (in the middle of writing the latents), then the same command again."""
     out = tmp_path / "broken"
     arguments = command("train.py", whole, f"--out {out}")[2:]
-    for stage in train.STAGES:
+    for stage in (*recipes.STAGES, "latents", "sit"):
         script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=ENV)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     succeed("train.py", whole, f"--out {out}")
     for name in ("tokenizer.pt", "decoder.pt", "sit.pt"):
         same_weights(out / name, finished / name)
-    assert (out / "latents.bin").read_bytes() == (finished / "latents.bin").read_bytes()
+    assert (out / "latents.npy").read_bytes() == (finished / "latents.npy").read_bytes()
+    assert (out / "latents.json").read_bytes() == (finished / "latents.json").read_bytes()
     assert (out / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
     for stage in ("tokenizer", "decoder", "sit"):
         broken, whole = log_lines(out, stage), log_lines(finished, stage)
@@ -184,7 +184,7 @@ def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, whole, tmp_
 def test_two_processes_equal_one(finished, whole, tmp_path):
     """Losses, weights, moving averages and latents of 2 gloo processes; the later stages from the same tokenizer.pt."""
     first, rest = tmp_path / "first", copy_run(finished, tmp_path)
-    for name in ("decoder.pt", "latents.bin", "sit.pt"):
+    for name in ("decoder.pt", "latents.npy", "latents.json", "sit.pt"):
         (rest / name).unlink()
     succeed("train.py", whole, f"--out {first} --stage tokenizer", processes=2)
     succeed("train.py", whole, f"--out {rest}", processes=2)
@@ -192,10 +192,10 @@ def test_two_processes_equal_one(finished, whole, tmp_path):
         assert len(log_lines(out, stage)) == 2
         for two, one in zip(log_lines(out, stage), log_lines(finished, stage)):
             assert two["loss"] == pytest.approx(one["loss"], rel=PROCESS_COUNT_TOLERANCE)
-        ours, theirs = (data.load_checkpoint(run / f"{stage}.pt") for run in (out, finished))
-        for part in ("model", "ema"):
-            close_weights(ours[part], theirs[part])
-    ours, theirs = (data.load_checkpoint(run / "sit.pt")["tokenizer"] for run in (rest, finished))
+        ours, theirs = (load_checkpoint(run / f"{stage}.pt") for run in (out, finished))
+        for part in ("model", "ema", "heads", "adversary"):
+            close_weights(ours.get(part, {}), theirs.get(part, {}))
+    ours, theirs = (load_checkpoint(run / "sit.pt")["tokenizer"] for run in (rest, finished))
     torch.testing.assert_close(ours["latent_std"], theirs["latent_std"], atol=1e-4, rtol=0)
 
 
@@ -204,9 +204,9 @@ def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_pa
     stop = KILL_AFTER_SAVE.format(root=str(ROOT), stage="tokenizer")
     arguments = command("train.py", whole, f"--out {out} --stage tokenizer")[2:]
     subprocess.run([sys.executable, "-c", stop, *arguments], capture_output=True, env=ENV)
-    assert data.load_checkpoint(out / "tokenizer.pt")["step"] == 10
+    assert load_checkpoint(out / "tokenizer.pt")["step"] == 10
     succeed("train.py", whole, f"--out {out} --stage tokenizer --micro_batch 1", processes=2)
-    ours, theirs = (data.load_checkpoint(run / "tokenizer.pt") for run in (out, finished))
+    ours, theirs = (load_checkpoint(run / "tokenizer.pt") for run in (out, finished))
     close_weights(ours["model"], theirs["model"])
 
 
@@ -216,19 +216,19 @@ def test_sigterm_saves_and_stops(images, tmp_path, processes):
     steps = "--tokenizer_steps 5000 --save_every 5000 --log_every 5 --stage tokenizer --workers 1"
     argv = command("train.py", TINY, steps, f"--data {images} --out {out}", processes=processes)
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=ENV)
-    while not (out / "log.jsonl").exists():
+    while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and "run the same command again" in message
     assert processes > 1 or "Traceback" not in message  # torchrun adds one of its own
-    assert data.load_checkpoint(out / "tokenizer.pt")["step"] >= 5
+    assert load_checkpoint(out / "tokenizer.pt")["step"] >= 5
 
 
 def test_a_longer_decoder_stage_reaches_the_samples(finished, tmp_path):
     """sit.pt holds the tokenizer of its time; sample.py takes the decoder that was trained last."""
     out = copy_run(finished, tmp_path)
-    decoder = data.load_checkpoint(out / "decoder.pt")
+    decoder = load_checkpoint(out / "decoder.pt")
     decoder["ema"]["decoder.to_pixels.bias"] += 100
     torch.save(decoder, out / "decoder.pt")
     succeed("sample.py", f"{out} --npz 2 --steps 2")
@@ -258,15 +258,12 @@ def test_npz_is_exact_and_does_not_depend_on_batch_size_or_processes(finished, t
         assert other["arr_0"].shape == (7, 16, 16, 3) and other["arr_0"].dtype == np.uint8
         assert other["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
         assert np.abs(other["arr_0"].astype(int) - loaded[0]["arr_0"]).max() <= 1  # rounding of one part in 255
-    settings = json.loads(paths[0].with_suffix(".json").read_text())
-    assert (settings["solver"], settings["steps"], settings["guidance"], settings["interval"], settings["seed"]) == (
-        "sde",
-        5,
-        2.0,
-        [0.0, 0.7],
-        0,
-    )
-    assert sorted(os.listdir(tmp_path)) == sorted(f"{i}.{end}" for i in range(3) for end in ("npz", "json"))
+    record = json.loads((tmp_path / "0.npz.json").read_text())
+    assert [record[key] for key in ("solver", "steps", "guidance", "interval", "seed")] == ["sde", 5, 2.0, [0.0, 0.7], 0]
+    made_by = record["checkpoint"]
+    assert (made_by["file"], made_by["stage"], made_by["step"], made_by["of_steps"]) == ("sit.pt", "sit", 20, 20)
+    assert made_by["weights"] == sample.load_run(finished, "cpu").about["weights"] and len(made_by["weights"]) == 64
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{i}.{end}" for i in range(3) for end in ("npz", "npz.json"))
 
 
 def test_sample_pictures(finished, images, tmp_path):
@@ -280,33 +277,33 @@ def test_dinov2_teacher_and_encoder_train(images, weights, tmp_path):
     words = f"--size S --teacher dinov2_vits14_reg --encoder_init dinov2_vits14 --weights {weights} --lr 0"
     steps = "--batch_size 2 --tokenizer_steps 1 --stage tokenizer"
     done = succeed("train.py", TINY, words, steps, f"--data {images} --out {tmp_path}/out")
-    assert "alignment with dinov2_vits14_reg; off: LPIPS (--perceptual_weight), discriminator" in done.stdout
+    assert "teacher dinov2_vits14_reg; off: perceptual, adversarial" in done.stdout
     assert done.stderr.count("is not the official file") == 2  # the contents are generated
-    model = data.load_checkpoint(tmp_path / "out" / "tokenizer.pt")["ema"]
+    model = load_checkpoint(tmp_path / "out" / "tokenizer.pt")["ema"]
     torch.testing.assert_close(
         model["encoder.blocks.3.attn.qkv.weight"], filled("dinov2_vits14_pretrain")["blocks.3.attn.qkv.weight"]
     )
 
 
 def test_fid_is_reported_under_that_name_where_its_weights_are_at_hand(images, tmp_path):
-    file = data.OFFICIAL["inception"].file
+    file = OFFICIAL["inception"].file
     folder, steps = official_folder(tmp_path / "weights", file.removesuffix(".pth")), "--tokenizer_steps 2"
     words = f"{TINY} {steps} --stage tokenizer --data {images} --weights {folder} --out {tmp_path}/out"
     succeed("train.py", words)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["tokenizer"]["fid"] > 0 and "hog_frechet_distance" not in result["tokenizer"]
-    assert result["weights"] == {file: data.file_hash(folder / file)}
+    assert result["tokenizer"]["fid_8"] > 0 and "hog_frechet_distance" not in result["tokenizer"]  # called by its count
+    assert result["weights"] == {file: file_hash(folder / file)}
     os.truncate(folder / file, 1000)
-    with pytest.raises(data.UserError, match="truncated"):
+    with pytest.raises(UserError, match="truncated"):
         train.main(words.replace("/out", "/other").split())
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("tokens", [64, 128])
 def test_built_in_shapes_take_the_papers_token_counts(tokens):
-    config, _, _ = train.parse_config(["--tokens", str(tokens)])
+    config, _ = recipes.parse_config(["--tokens", str(tokens)])
     assert (config.image_size // config.patch_size) ** 2 % tokens == 0
-    train.check_config(config, data.Processes(0, 2, torch.device("cpu")))
+    recipes.check_config(config, Processes(0, 2, torch.device("cpu")))
 
 
 def test_dry_run_prints_and_writes_nothing(images, tmp_path):
@@ -320,133 +317,201 @@ def test_dry_run_lists_the_files_that_a_run_needs(images, weights, tmp_path):
     (tmp_path / "vgg16-397923af.pth").symlink_to(weights / "vgg16-397923af.pth")
     words = f"--perceptual_weight 1 --adversarial_weight 1 --weights {tmp_path} --data {images} --dry_run"
     lines = succeed("train.py", TINY, words).stdout.splitlines()
-    files = {name: next(line for line in lines if data.OFFICIAL[name].file in line) for name in OBJECTIVE_FILES}
-    assert data.file_hash(weights / "vgg16-397923af.pth") in files["vgg16"]
+    files = {name: next(line for line in lines if OFFICIAL[name].file in line) for name in OBJECTIVE_FILES}
+    assert file_hash(weights / "vgg16-397923af.pth") in files["vgg16"]
     assert "58.9 MB" in files["vgg16"] and "BSD-3-Clause" in files["vgg16"]
     assert "missing, measured with random weights" in files["dino_vits16"] and "https://" in files["dino_vits16"]
-    assert "there will be no FID" in files["inception"] and not any("dinov2" in line for line in lines)
+    assert "without it there is no FID" in files["inception"] and not any("dinov2" in line for line in lines)
 
 
 OBJECTIVE_FILES = ("vgg16", "lpips_vgg", "dino_vits16", "inception")
 
 
-class Recorder(dict):
-    """A dict that remembers which keys were asked for."""
-
-    asked = set()
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-
 def test_every_config_field_is_read_by_a_run(images, tmp_path, monkeypatch):
-    asked = Recorder.asked = set()
-    fields = {field.name for field in dataclasses.fields(train.Config)}
+    """By the stages themselves: what is copied into checkpoints, compared or checked is no use of a value."""
+    asked, fields = set(), {field.name for field in dataclasses.fields(recipes.Config)}
 
     def read(config, name):
         asked.add(name)
         return object.__getattribute__(config, name)
 
-    def asdict(thing):  # dataclasses.asdict would read every field
-        return Recorder(vars(thing)) if isinstance(thing, train.Config) else dataclasses.asdict(thing)
+    def copied(config, **changes):
+        values = {name: object.__getattribute__(config, name) for name in fields}
+        return recipes.Config(**values | changes)
 
-    monkeypatch.setattr(train, "check_config", lambda *_: None)  # checks that a value is sane are no use of it
+    def plain(thing):
+        return (
+            {name: object.__getattribute__(thing, name) for name in fields} if isinstance(thing, recipes.Config) else asdict(thing)
+        )
 
-    def save(content, path):
-        data.save_checkpoint(content | {"config": dict(content["config"])}, path)
-
-    monkeypatch.setattr(train, "asdict", asdict)
-    monkeypatch.setattr(train, "save_checkpoint", save)
-    config, _, _ = train.parse_config([*TINY.split(), "--data", str(images), "--out", str(tmp_path)])
+    asdict = dataclasses.asdict
+    for module in (train, state, train.show):
+        monkeypatch.setattr(module, "asdict", plain)
+    monkeypatch.setattr(recipes, "replace", copied)
+    monkeypatch.setattr(train, "check_config", lambda *_: None)
+    monkeypatch.setattr(state, "load_stage", lambda *_, **__: None)
+    config, options = recipes.parse_config([*TINY.split(), "--data", str(images), "--out", str(tmp_path)])
     small = dataclasses.replace(config, tokenizer_steps=2, decoder_steps=2, sit_steps=2)
-    monkeypatch.setattr(train, "parse_config", lambda _: (small, "all", False))
-    monkeypatch.setattr(train.Config, "__getattribute__", read)
+    monkeypatch.setattr(train, "parse_config", lambda _: (small, options))
+    built_from = {
+        "image_size",
+        "patch_size",
+        "channels",
+        "size",
+        "posterior",
+        "guidance",
+        "sample_steps",
+    }  # read from dicts, as of checkpoints
+    monkeypatch.setattr(recipes.Config, "__getattribute__", read)
     train.main([])
-    assert fields - asked - Recorder.asked == set()
+    assert fields - asked - built_from == set()
+
+
+def test_every_field_tells_its_source_and_its_bounds():
+    for field in dataclasses.fields(recipes.Config):
+        about = field.metadata
+        assert about["help"] and about["source"].split()[0].rstrip(":;") in ("paper", "config", "ours"), field.name
+        assert set(about["fixes"].split()) <= {"tokenizer", "decoder", "sit"}
+        if field.type in (int, float):
+            assert about["least"] is not None and about["least"] <= field.default <= about["most"], field.name
+    assert len(dataclasses.fields(recipes.Config)) <= 40
+
+
+def test_stages_and_recipes_are_dicts_of_fields():
+    names = {field.name for field in dataclasses.fields(recipes.Config)}
+    for values in (*recipes.RECIPES.values(), *recipes.PRESETS.values()):
+        assert values.keys() <= names
+    config, _ = recipes.parse_config("--lr 0.5 --mask random".split())
+    decoder = config.at("decoder")
+    assert (decoder.lr, decoder.mask, decoder.learn, decoder.kl_weight, decoder.uses_teacher) == (0.05, "none", "decoder", 0, False)
+    assert config.at("tokenizer") == config
+    baseline, _ = recipes.parse_config("--recipe kl --local_weight 0.3".split())  # flags win
+    assert (baseline.mask, baseline.local_weight, baseline.global_weight, baseline.kl_weight) == ("none", 0.3, 0.0, 1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["kl", "ae"])
+def test_baselines_train_resume_and_sample(images, tmp_path, recipe):
+    """Without masks, alignment and (ae) noise; no teacher is asked."""
+    steps = "--tokenizer_steps 4 --decoder_steps 2 --sit_steps 2 --log_every 2"
+    words = f"{TINY} --recipe {recipe} {steps} --data {images} --out {tmp_path}/out"
+    succeed("train.py", words)
+    line = log_lines(tmp_path / "out", "tokenizer")[-1]
+    assert "local" not in line and not (tmp_path / "out" / "masks.png").exists()
+    assert (line["kl"] == 0) == (recipe == "ae")
+    rows = np.load(tmp_path / "out" / "latents.npy")
+    assert rows["std"].any() == (recipe == "kl")
+    assert "done before" in succeed("train.py", words).stdout
+    succeed("sample.py", f"{tmp_path}/out --npz 2 --steps 2")
+
+
+def test_local_and_global_alignment_have_weights_of_their_own(images, tmp_path):
+    """Table 5 adds them one by one: with weight 0 a term is measured, and its MLP stays where it was."""
+    words = f"{TINY} --global_weight 0 --tokenizer_steps 2 --stage tokenizer --data {images} --out {tmp_path}/out"
+    succeed("train.py", words)
+    saved, line = load_checkpoint(tmp_path / "out" / "tokenizer.pt"), log_lines(tmp_path / "out", "tokenizer")[-1]
+    assert line["loss"] == pytest.approx(line["mse"] + 1e-6 * line["kl"] + 0.02 * line["local"], rel=1e-4) and line["global"] > 0
+    moments = saved["optimizers"]["model"]["state"]
+    assert any(not entry["exp_avg"].any() for entry in moments.values()) and any(
+        entry["exp_avg"].any() for entry in moments.values()
+    )
 
 
 def test_presets_are_complete_and_consistent():
-    names = {field.name for field in dataclasses.fields(train.Config)}
-    for name, values in train.PRESETS.items():
-        assert values.keys() <= names
-        config, _, _ = train.parse_config(["--preset", name, "--data", "x"])
-        train.check_config(config, data.Processes(0, 8, torch.device("cpu")))
+    for name in recipes.PRESETS:
+        config, _ = recipes.parse_config(["--preset", name, "--data", "x"])
+        recipes.check_config(config, Processes(0, 8, torch.device("cpu")))
         if name != "toy":  # the whole objective
             assert (config.perceptual_weight, config.adversarial_weight, config.teacher) == (1.0, 0.2, "dinov2_vitb14")
             assert config.encoder_init == ("dinov2_vits14" if config.size == "S" else "dinov2_vitb14")
-    paper, _, _ = train.parse_config(["--data", "x"])
+    paper, _ = recipes.parse_config(["--data", "x"])
     assert paper.size == "B" and paper.image_size == 256 and paper.tokens == 128  # the default with data is b256
+    assert (paper.sit_steps, paper.sit) == (4_000_000, "XL")
 
 
 def test_collapse_is_named(finished, images, tmp_path):
     words = f"--kl_weight 1 --lr 1e-2 --tokenizer_steps 60 --log_every 20 --stage tokenizer --data {images} --out {tmp_path}/out"
     done = succeed("train.py", TINY, words)
     assert "posterior has collapsed" in done.stderr and "--kl_weight" in done.stderr
-    assert not train.collapse_warning(log_lines(finished, "tokenizer")[-1])
+    assert not state.collapse_warning(log_lines(finished, "tokenizer")[-1])
 
 
-def test_non_finite_steps_are_skipped_and_leave_no_trace():
+def test_non_finite_steps_are_skipped_and_leave_no_trace(tmp_path):
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(3))
     other = torch.nn.Parameter(torch.ones(3))  # of a discriminator that has no gradients yet
     optimizer, idle = (torch.optim.AdamW([x], fused=True) for x in (weight, other))
-    optimizers, skipped = {"model": optimizer, "discriminator": idle}, torch.zeros(2)
+    config, _ = recipes.parse_config(["--out", str(tmp_path)])
+    run = state.Run.open(config, Processes(0, 1, torch.device("cpu")))
+    keeper = state.State(run, "tokenizer", {}, {"model": optimizer, "discriminator": idle})
     weight.grad = torch.ones(3)
-    train.update(optimizers, 0.1, skipped)
-    before, state = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
+    keeper.update(0.1)
+    before, kept = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
     for bad in (float("nan"), float("inf")):
         weight.grad = torch.tensor([1.0, bad, 1.0])
-        train.update(optimizers, 0.1, skipped)
+        keeper.update(0.1)
         assert torch.equal(weight, before)
-        assert all(torch.equal(value, state[key]) for key, value in optimizer.state[weight].items())
-    assert skipped.tolist() == [2, 2] and not idle.state
-    weight.grad = torch.ones(3)
-    assert train.update(optimizers, 0.1, skipped).keys() == {"model_grad_norm"}
-    assert not torch.equal(weight, before) and skipped.tolist() == [2, 0]
+        assert all(torch.equal(value, kept[key]) for key, value in optimizer.state[weight].items())
+    assert keeper.skipped.tolist() == [2, 2, 2] and not idle.state
+    weight.grad, keeper.sums = torch.ones(3), {}
+    keeper.update(0.1)
+    assert keeper.sums.keys() == {"model_grad_norm"}
+    assert not torch.equal(weight, before) and keeper.skipped.tolist() == [2, 0, 2]  # no step of a window is missed
     after = weight.detach().clone()
     weight.grad, other.grad = torch.ones(3), torch.full((3,), float("nan"))
-    train.update(optimizers, 0.1, skipped)  # one that is not finite stops both
-    assert torch.equal(weight, after) and torch.equal(other, torch.ones(3)) and skipped.tolist() == [3, 1]
+    keeper.update(0.1)  # one that is not finite stops both
+    assert torch.equal(weight, after) and torch.equal(other, torch.ones(3)) and keeper.skipped.tolist() == [3, 1, 2]
+    assert keeper.step == 5
+
+
+def test_gradients_are_clipped_to_norm_1(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    config, _ = recipes.parse_config(["--out", str(tmp_path)])
+    run = state.Run.open(config, Processes(0, 1, torch.device("cpu")))
+    keeper = state.State(run, "tokenizer", {}, {"model": torch.optim.SGD([weight], lr=1.0, fused=True)})
+    weight.grad = torch.tensor([30.0, 40.0])
+    keeper.update(1.0)
+    assert keeper.sums["model_grad_norm"] == 50 and torch.allclose(weight, torch.tensor([-0.6, -0.8]), atol=1e-5)
 
 
 def test_many_non_finite_steps_stop_the_run(images, tmp_path):
-    words = (
-        f"--kl_weight 1e38 --tokenizer_steps 40 --log_every 10 --stage tokenizer --data {images} --out {tmp_path}/out"
-    )
+    words = f"--kl_weight 1e38 --tokenizer_steps 40 --log_every 10 --stage tokenizer --data {images} --out {tmp_path}/out"
     done = call("train.py", TINY, words)
-    assert done.returncode == 2 and "non-finite" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "10 steps in a row" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_ema_follows_the_formula_and_warms_up(finished):
     model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 5.0)
     torch.nn.init.constant_(average.weight, 1.0)
-    train.update_ema(average, model, 0.75)
+    state.update_ema(average, model, 0.75, 10**6)
     assert average.weight.item() == 2.0
-    saved = data.load_checkpoint(finished / "tokenizer.pt")
+    state.update_ema(average, model, 0.75, 0)  # (1 + 0) / (10 + 0)
+    assert average.weight.item() == pytest.approx(0.1 * 2 + 0.9 * 5)
+    saved = load_checkpoint(finished / "tokenizer.pt")
     key = "encoder.latent_tokens"  # after 20 steps an average with decay 0.999 would still sit at its start
-    drift = (saved["ema"][key] - saved["model"]["tokenizer." + key]).abs().mean()
+    drift = (saved["ema"][key] - saved["model"][key]).abs().mean()
     assert 0 < drift < 0.05
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    config, _, _ = train.parse_config("--lr 1e-3 --warmup_steps 10 --tokenizer_steps 100".split())
-    lr = train.warmup_cosine(config)
-    assert lr(0) == pytest.approx(1e-4) and lr(50) == pytest.approx(5e-4) and 0 < lr(99) < 1e-6
+    config, _ = recipes.parse_config("--lr 1e-3 --warmup_steps 10 --tokenizer_steps 100".split())
+    lr = [train.warmup_cosine(config, step, 100) for step in range(100)]
+    assert lr[0] == pytest.approx(1e-4) and lr[50] == pytest.approx(5e-4) and 0 < lr[99] < 1e-6
 
 
 BAD = [  # what is said on the command line, what the sentence must name
     ("--data {tmp}/nowhere", "nowhere"),
     ("--data {tmp}", "no images"),
-    ("--learning_rat 3", "--learning_rat"),
+    ("--learning_rat 3", "unrecognized arguments: --learning_rat 3"),
     ("--token 3", "did you mean --tokens"),
     ("--tokens 7", "7"),
     ("--tokens 0", "0"),
     ("--image_size 30 --patch_size 4", "30"),
-    ("--tokenizer_steps 0", "--tokenizer_steps is 0"),
-    ("--sit_steps -1", "--sit_steps is -1"),
-    ("--lr nan", "--lr is nan"),
+    ("--tokenizer_steps 0", "--tokenizer_steps: is 0; it must be at least 1"),
+    ("--sit_steps -1", "--sit_steps: is -1"),
+    ("--lr nan", "--lr: is nan"),
+    ("--guidance 0.5", "--guidance: is 0.5; it must be at least 1"),
+    ("--posterior point", "--kl_weight is 1e-06, but a point posterior has no KL"),
     ("--mask sideways", "sideways"),
     ("--mask_ratio 1.5", "1.5"),
     ("--size XXL", "XXL"),
@@ -462,7 +527,7 @@ BAD = [  # what is said on the command line, what the sentence must name
     ("--perceptual_weight 1", "cannot fetch vgg16-397923af.pth from https://download.pytorch.org/"),
     ("--teacher dinov2_vitb14", "--weights FOLDER"),
     ("--teacher dinov2_vits14 --weights {tmp}/evil", "pickled code"),
-    ("--teacher dinov2_vits14 --weights {tmp}/short", "norm.bias is absent, expected (384,); its SHA-256 is"),
+    ("--teacher dinov2_vits14 --weights {tmp}/short", 'Missing key(s) in state_dict: "norm.bias"'),
     ("--teacher dinov2_vits14 --weights {tmp}/cut", "truncated"),
 ]
 
@@ -477,21 +542,18 @@ def test_bad_arguments_get_one_sentence(words, named, tmp_path, capsys, monkeypa
     state.pop("norm.bias", None)
     for name, content in (("evil", {"x": range(3)}), ("short", state), ("cut", state)):
         (tmp_path / name).mkdir()
-        torch.save(content, tmp_path / name / data.OFFICIAL["dinov2_vits14"].file)
-    os.truncate(tmp_path / "cut" / data.OFFICIAL["dinov2_vits14"].file, 300)
+        torch.save(content, tmp_path / name / OFFICIAL["dinov2_vits14"].file)
+    os.truncate(tmp_path / "cut" / OFFICIAL["dinov2_vits14"].file, 300)
     with pytest.raises(SystemExit) as stop:
-        data.command_line(train.main)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and named.format(tmp=tmp_path) in message
-    assert message.startswith("error: ") and message.count("\n") == 1
+        command_line(train.main)
+    *warnings, message = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and named.format(tmp=tmp_path) in message and message.startswith("error: ")
+    assert all("is not the official file" in line for line in warnings)
     assert not list(tmp_path.glob("out/*.pt"))
 
 
 def test_bad_arguments_through_the_shell(tmp_path):
-    for script, words, named in (
-        ("train.py", "--tokens 7 --image_size 16", "7"),
-        ("sample.py", f"{tmp_path}", "not a run"),
-    ):
+    for script, words, named in (("train.py", "--tokens 7 --image_size 16", "7"), ("sample.py", f"{tmp_path}", "not a run")):
         done = call(script, words)
         assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -502,22 +564,22 @@ def test_bad_arguments_through_the_shell(tmp_path):
     ("--interval 0.7 0.1", "0.7"),
     ("--steps 0", "0 sampling steps"),
     ("--gidance 2", "--guidance"),
-    ("--npz 4 --reconstruct {images}", "exclude"),
+    ("--npz 4 --reconstruct {images}", "not allowed with argument --npz"),
     ("--reconstruct {tmp}", "no images"),
 ])  # fmt: skip
 def test_bad_arguments_of_sample(finished, images, tmp_path, words, named, monkeypatch, capsys):
     words = words.format(images=images, tmp=tmp_path)
     monkeypatch.setattr(sys, "argv", ["sample.py", str(finished), *words.split()])
     with pytest.raises(SystemExit) as stop:
-        data.command_line(sample.main)
+        command_line(sample.main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.startswith("error: ") and message.count("\n") == 1
 
 
 def test_a_batch_that_the_processes_do_not_divide():
-    config, _, _ = train.parse_config(["--batch_size", "9"])
-    with pytest.raises(data.UserError, match="cannot be divided among 2"):
-        train.check_config(config, data.Processes(0, 2, torch.device("cpu")))
+    config, _ = recipes.parse_config(["--batch_size", "9"])
+    with pytest.raises(UserError, match="cannot be divided among 2"):
+        recipes.check_config(config, Processes(0, 2, torch.device("cpu")))
 
 
 def copy_run(finished, tmp_path):
@@ -532,11 +594,9 @@ def copy_run(finished, tmp_path):
     ("", "--lr 0.5", "lr 0.0001"),
     ("", "--tokens 8", "tokens 4"),
     ("tokenizer.pt", "", "truncated"),
-    ("latents.bin", "", "truncated"),
+    ("latents.npy", "", "truncated"),
 ])  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
-    finished, whole, tmp_path, damage, words, named, monkeypatch, capsys
-):
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(finished, whole, tmp_path, damage, words, named, monkeypatch, capsys):
     out = copy_run(finished, tmp_path)
     if damage:
         os.truncate(out / damage, os.path.getsize(out / damage) // 2)
@@ -544,7 +604,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
     arguments = f"{whole} --out {out} {words}".split()
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        data.command_line(train.main)
+        command_line(train.main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
@@ -553,9 +613,43 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
 def test_a_stale_latent_cache_is_refused(finished, whole, tmp_path, monkeypatch, capsys):
     out = copy_run(finished, tmp_path)
     saved = torch.load(out / "decoder.pt", weights_only=True)
-    saved["ema"]["to_moments.bias"] += 1
+    saved["ema"]["encoder.to_moments.bias"] += 1
     torch.save(saved, out / "decoder.pt")
     monkeypatch.setattr(sys, "argv", ["train.py", *f"{whole} --out {out} --stage sit".split()])
     with pytest.raises(SystemExit) as stop:
-        data.command_line(train.main)
+        command_line(train.main)
     assert stop.value.code == 2 and "another tokenizer" in capsys.readouterr().err
+
+
+def test_replaced_images_are_noticed(images, tmp_path, monkeypatch, capsys):
+    """Other images of the same number and names between two calls: nothing goes on from what the old ones made."""
+    folder, words = tmp_path / "images", f"{TINY} --tokenizer_steps 1 --decoder_steps 1 --sit_steps 1"
+    make_folder(folder, 3, 10)
+    arguments = f"{words} --data {folder} --out {tmp_path}/out".split()
+    train.main([*arguments, "--stage", "tokenizer"])
+    Image.new("RGB", (90, 90)).save(folder / "class1" / "4.png")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command_line(train.main)
+    assert stop.value.code == 2 and "made with other images" in capsys.readouterr().err
+
+
+def test_speed_leaves_out_saving_and_evaluation(images, tmp_path, monkeypatch):
+    """A save that takes a second at every other step does not show in images/s."""
+    save = state.State.save
+    monkeypatch.setattr(state.State, "save", lambda self: (time.sleep(1), save(self)))
+    steps = "--tokenizer_steps 12 --save_every 6 --log_every 6 --stage tokenizer"
+    train.main([*f"{TINY} {steps} --data {images} --out {tmp_path}/out".split()])
+    assert log_lines(tmp_path / "out", "tokenizer")[-1]["images_per_second"] > 2 * 8 * 6 / 7  # with it at most 6 steps a second
+
+
+def test_pictures_come_with_the_first_evaluation(images, tmp_path):
+    steps = "--tokenizer_steps 6 --eval_every 2 --stage tokenizer"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        write = train.show.write_image
+        patch.setattr(train.show, "write_image", lambda rows, path: (seen.append(path.name), write(rows, path)))
+        train.main([*f"{TINY} {steps} --data {images} --out {tmp_path}/out".split()])
+    assert seen == ["masks.png", *["reconstructions.png"] * 3]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "psnr" in line] == [2, 4, 6]

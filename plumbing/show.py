@@ -1,0 +1,147 @@
+"""What a run shows of itself: held-out quality, pictures, and a dry run."""
+
+import json
+import platform
+import shutil
+import subprocess
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import masking
+from align import HOG
+from fid import frechet_distance, psnr, ssim, statistics
+from plumbing.data import loader, spread, to_float, write_image
+from plumbing.images import batch_rows, gather
+from plumbing.inception import inception_features
+from plumbing.run import Processes, file_hash
+from plumbing.state import Run
+from plumbing.weights import OFFICIAL, official_path
+from sample import TrainedRun, generate, reconstruct, write_grid
+from sit import SiT
+from tokenizer import Tokenizer
+
+
+def distance_features(run: Run) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """What a Frechet distance is called, and its features of uint8 images (b, 3, S, S) -> (b, D).
+
+    fid_N where the official Inception file is at hand, N the held-out images; else HOG features of a 4 x 4 grid, which are no FID.
+    """
+    if run.inception is not None:
+        return f"fid_{len(run.eval_items)}", lambda images: inception_features(run.inception, images)
+    hog = HOG(4)
+    return "hog_frechet_distance", lambda images: hog(to_float(images))[1].flatten(1)
+
+
+def held_out_batches(run: Run) -> Iterator[Tensor]:
+    """This process's held-out images, uint8 (b, 3, S, S)."""
+    lists = [run.eval_items[list(rows)].tolist() for rows in batch_rows(len(run.eval_items), 64, run.processes)]
+    yield from (images for images, _ in loader(run.data, lists, 0))
+
+
+def held_out(run: Run, count: int) -> Tensor:
+    """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
+    return torch.stack([run.data[int(i)][0] for i in run.eval_items[spread(len(run.eval_items), count)]])
+
+
+@torch.no_grad()
+def reconstruction_quality(tokenizer: Tokenizer, run: Run) -> dict:
+    """Held-out images against their reconstructions from the posterior mean: PSNR (dB), SSIM, distance; reconstructions.png."""
+    name, features = distance_features(run)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        for x in held_out_batches(run):
+            copies = reconstruct(tokenizer, x)
+            yield {"psnr": psnr(x, copies), "ssim": ssim(x, copies), "originals": features(x), "copies": features(copies)}
+
+    found = gather(parts(), run.processes)
+    if not found:
+        return {}
+    rows = held_out(run, 20)[: len(run.eval_items) // 2 * 2].unflatten(0, (2, -1))  # two pairs of rows, originals above
+    pairs = [row for images in rows for row in (images, reconstruct(tokenizer, images))]
+    write_image(torch.stack(pairs), run.path("reconstructions.png"))
+    distance = frechet_distance(*statistics(found["copies"]), *statistics(found["originals"]))
+    numbers = {"psnr": found["psnr"].mean().item(), "ssim": found["ssim"].mean().item(), name: distance}
+    return {key: round(value, 4) for key, value in numbers.items()} | {"held_out_images": len(found["psnr"])}
+
+
+@torch.no_grad()
+def sample_quality(sit: nn.Module, tokenizer: Tokenizer, run: Run) -> dict:
+    """samples.png, 8 of each of the first 10 classes; and as many samples as held-out images against those: their distance."""
+    trained = TrainedRun(asdict(run.config), list(run.data.classes), tokenizer, sit)
+    settings, (name, features) = {"seed": run.config.seed, **trained.sampler()}, distance_features(run)
+    labels = torch.arange(len(run.eval_items)) % max(1, len(trained.classes))
+    if run.processes.first:
+        write_grid(trained, list(range(max(1, len(trained.classes))))[:10], 8, run.path("samples.png"), **settings)
+    mine = batch_rows(len(labels), 64, run.processes)
+    parts = ({"samples": features(generate(trained, labels[list(rows)], list(rows), **settings))} for rows in mine)
+    samples = gather(parts, run.processes)
+    originals = gather(({"originals": features(images)} for images in held_out_batches(run)), run.processes)
+    if not samples:
+        return {}
+    distance = frechet_distance(*statistics(samples["samples"]), *statistics(originals["originals"]))
+    return {"sampler": settings, name: round(distance, 4), "samples": len(labels)}
+
+
+@torch.no_grad()
+def draw_masks(teacher: Callable, run: Run) -> None:
+    """masks.png: images, and the same with half of their patches hidden: at random, and by similarity to the teacher's cls."""
+    size, patch, images = run.config.image_size, run.config.patch_size, held_out(run, 8)
+    scores = masking.similarity(*teacher(to_float(images.to(run.device)))).cpu()
+    half, order = torch.full((len(images),), 0.5), torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+    rows = [images]
+    for mask in (masking.random_mask(half, order), masking.semantic_mask(half, scores)):
+        hidden = mask.view(-1, 1, size // patch, size // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+        rows.append(images.masked_fill(hidden, 128))
+    write_image(torch.stack(rows), run.path("masks.png"))
+
+
+def provenance(options: Namespace, arguments: list[str], processes: Processes) -> dict:
+    """What made a result: the command line, this code, versions, the machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
+    made_by = {"command": ["train.py", *arguments], "recipe": options.recipe, "preset": options.preset, "commit": commit}
+    return made_by | {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "processes": processes.world,
+    }
+
+
+def measure(run: Run, files: list[str], train: Callable[[Run, str], dict]) -> None:
+    """A dry run: two steps of the tokenizer's own loop in a temporary folder, with every term on -> files, sizes, memory, time."""
+    config, world = run.config, run.processes.world
+    share = config.batch_size // world
+    width = min(config.micro_batch or share, share)
+    few = width if run.device.type == "cuda" else min(2, width)
+    with tempfile.TemporaryDirectory() as out:
+        short = {"tokenizer_steps": 2, "batch_size": few * world, "micro_batch": 0, "discriminator_start": 0}
+        quiet = {"log_every": 1, "save_every": 0, "eval_every": 0, "out": out}
+        train(replace(run, config=replace(config, **short, **quiet), eval_items=run.eval_items[:2]), "tokenizer")
+        line = json.loads(Path(out, "log.jsonl").read_text().splitlines()[1]) if run.processes.first else {}
+    if not run.processes.first:
+        return
+    for name in (*files, "inception"):
+        file, path = OFFICIAL[name], official_path(name, config.weights)
+        absent = "without it there is no FID" if name == "inception" else "measured with random weights"
+        size = f"{path.stat().st_size / 1e6:.1f} MB, {file_hash(path)}" if path.is_file() else f"missing, {absent}; from {file.url}"
+        print(f"file        {path}: {size}, {file.licence}")
+    with torch.device("meta"):
+        tokenizer = Tokenizer.from_config(asdict(config))
+        sit = SiT(config.tokens, config.channels, len(run.data.classes), config.sit)
+    sizes = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters" for network in (tokenizer, sit)]
+    seconds = share * world / line["images_per_second"]
+    days = seconds * config.tokenizer_steps / 86400
+    print(f"data        {len(run.train_items)} images to train on, {len(run.eval_items)} held out, {len(run.data.classes)} classes")
+    print(f"tokenizer   {config.size}: {sizes[0]}, N = {tokenizer.num_patches}, L = {config.tokens}, C = {config.channels}")
+    print(f"sit         {config.sit}: {sizes[1]}")
+    print(f"batch       {config.batch_size} = {world} processes x {share // width} accumulated x {width} images")
+    print(f"memory      peak {line['memory_gb']:.2f} GB with {few} images")
+    print(f"one step    {seconds:.2f} s for the batch on {run.device.type}, from {few} images; {days:.2f} days for all")

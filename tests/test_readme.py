@@ -1,0 +1,73 @@
+"""The README's commands run in order, as they are written, in one folder; only sizes and counts are made tiny."""
+
+import re
+import shlex
+
+import numpy as np
+from reference import ROOT, TINY, make_folder, official_folder
+
+import fid
+import recipes
+import sample
+import train
+from plumbing.shapes import Shapes
+from plumbing.weights import OFFICIAL
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main}
+TINY_STEPS = "--tokenizer_steps 2 --decoder_steps 2 --sit_steps 2 --eval_images 4 --sample_steps 2"
+
+
+def commands() -> list[list[str]]:
+    """Words of each command of ours, comments and what precedes && removed; a shell loop is unrolled."""
+    text = "".join(block for language, block in BLOCKS if not language and not block.startswith("images  "))  # the data flow
+    for loop in re.findall(r"^for .*?^done\n", text, re.S | re.M):
+        values, body = re.fullmatch(r"for g in (.*?); do\n(.*)done\n", loop, re.S).groups()
+        text = text.replace(loop, "".join(body.replace("$g", value) for value in values.split()))
+    lines = (part.strip() for line in text.splitlines() for part in line.partition("  # ")[0].split("&&"))
+    found = [shlex.split(line) for line in lines]
+    assert all(words[0] in ("python", "torchrun", "git", "cd", "pip") for words in found if words)
+    return [words for words in found if words and words[0] in ("python", "torchrun")]
+
+
+def test_the_commands_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
+    make_folder(tmp_path / "photos", 0, 20)
+    for part in ("train", "val"):
+        make_folder(tmp_path / "imagenet" / part, 3, 10)
+    inception = OFFICIAL["inception"].file
+    weights = official_folder(tmp_path / "weights", inception.removesuffix(".pth"))
+    noise = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=noise)
+    ran = []
+    for words in commands():
+        script = next((word for word in words if word in MAIN), None)
+        if script is None:
+            assert words == ["python", "-m", "pytest"]
+            continue
+        arguments = words[words.index(script) + 1 :]
+        if script == "train.py":
+            recipes.parse_config(arguments)  # as it is written; then the same, tiny
+            made = [*arguments, *f"{TINY} {TINY_STEPS} --patch_size 2".split()]
+            made += "--size toy --sit toy --teacher hog --encoder_init none --perceptual_weight 0 --adversarial_weight 0".split()
+            arguments = [word for word in made if word != "--compile"]
+        else:
+            text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
+            arguments = text.replace("--image_size 256", "--image_size 16").replace("207,360", "1,2").split()
+            if script == "fid.py" and arguments[0] in ("gfid", "rfid", "stats"):
+                arguments += ["--weights", str(weights)]
+        MAIN[script](arguments)
+        ran.append(script)
+    assert len(ran) > 20 and set(ran) == set(MAIN)
+
+
+def test_the_lines_of_python_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
+    train.main(f"{TINY} {TINY_STEPS}".split())
+    (lines,) = (block for language, block in BLOCKS if language == "python")
+    names = {}
+    exec(lines, names)
+    assert names["images"].shape == (2, 3, 16, 16)
