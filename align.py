@@ -102,6 +102,7 @@ class DINOv2(nn.Module):
     def __init__(self, name: str, grid: int):
         super().__init__()
         self.vit, self.grid = ViT(name), grid
+        self.width = self.vit.width
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +138,11 @@ class HOG(nn.Module):
     cos(cls, patch) is high where a patch differs from the average of the image in the way most salient patches do.
     """
 
-    BINS, WIDTH = 8, 11
+    BINS = 8
 
     def __init__(self, grid: int):
         super().__init__()
-        self.grid = grid
+        self.grid, self.width = grid, self.BINS + 3
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,9 +198,9 @@ class Heads(nn.ModuleList):
         return {term: loss for head in self for term, loss in head(z, targets, mask).items()}
 
 
-def build_heads(weights: dict[str, float], channels: int, hidden: int, teacher: str) -> Heads:
-    """The heads of which some term has a weight, for the targets of a teacher of TEACHERS."""
+def build_heads(weights: dict[str, float], channels: int, hidden: int, teacher: nn.Module | None) -> Heads:
+    """The heads of which some term has a weight, for the targets of a teacher."""
     heads = Heads()
     if weights["local"] or weights["global"]:
-        heads.append(Alignment(channels, hidden, VITS[teacher][0] if teacher in VITS else HOG.WIDTH))
+        heads.append(Alignment(channels, hidden, teacher.width))
     return heads

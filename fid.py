@@ -22,7 +22,7 @@ from torch import Tensor
 from plumbing.data import open_dataset, split, spread, to_float, to_uint8
 from plumbing.images import BATCH, READERS, ImageSet, batch_rows, compare, finish, gather
 from plumbing.inception import InceptionV3, inception_features, load_inception
-from plumbing.run import Parser, Processes, UserError, as_user_error, command_line, progress, read_json, replacing, warn
+from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error, command_line, progress, read_json, replacing, warn
 from plumbing.weights import LPIPS_FILES, at_hand, find_official, load_lpips
 from sample import load_run
 from sit import seeded_noise
@@ -251,13 +251,14 @@ def main(arguments: list[str]) -> None:
         "--card": dict(default="", metavar="FILE", help="result to write (default: beside the samples, or in the run)"),
         "--data": dict(default="shapes", help='folder of images, all are used (default: "shapes", the built-in ones)'),
         "--held_out": dict(action="store_true", help="only the images that training on this folder held out"),
+        "--device": dict(choices=DEVICES, help="default: cuda where there is one, else cpu"),
         "--seed": dict(type=int, default=0, metavar="SEED", help="of the sampled latents"),
     }
     for command, names in (
-        (gfid, "samples reference --weights --resize --image_size --card"),
-        (rfid, "run --data --held_out --seed --weights --resize --card"),
-        (probe, "run --data --card"),
-        (stats, "images out --weights --resize --image_size"),
+        (gfid, "samples reference --weights --resize --image_size --card --device"),
+        (rfid, "run --data --held_out --seed --weights --resize --card --device"),
+        (probe, "run --data --card --device"),
+        (stats, "images out --weights --resize --image_size --device"),
         (compare, "cards"),
     ):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
@@ -267,7 +268,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if getattr(args, "seed", 0) < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
-    processes = Processes.start()
+    processes = Processes.start(getattr(args, "device", None))
     torch.set_float32_matmul_precision("highest")  # no TF32
     args.run_command(args, processes)
 

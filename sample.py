@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
-from plumbing.run import CHECKPOINT, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint, progress
-from plumbing.run import replacing, save_checkpoint, state_hash, warn, write_text
+from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
+from plumbing.run import progress, replacing, save_checkpoint, state_hash, warn, write_text
 from sit import SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
@@ -152,11 +152,12 @@ def main(arguments: list[str]) -> None:
     add("--guidance", type=float, help="scale (default: the run's; 1 = none; paper: 2.3 / 2.4 for 128 / 64 tokens)")
     add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide only for t in it (config: REPA's 0 0.7)")
     add("--seed", type=int, default=0, help="of the noise")
+    add("--device", choices=DEVICES, help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
     for name, least in (("columns", 1), ("batch_size", 1), ("npz", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    processes = Processes.start()
+    processes = Processes.start(args.device)
     run = load_run(args.run, processes.device)
     name = "reconstructions.png" if args.reconstruct else "samples.npz" if args.npz else "samples.png"
     path = Path(args.out or Path(args.run) / name)

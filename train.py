@@ -45,12 +45,12 @@ def train_on_images(run: Run, stage: str) -> dict:
     """A stage on images: eq. 7, of the whole tokenizer or of its decoder alone (section 4.1) -> its part of result.json."""
     cfg, steps, device = run.config.at(stage), run.config.steps(stage), run.device
     tokenizer = Tokenizer.from_config(asdict(cfg)).to(device)
-    grid = cfg.image_size // cfg.patch_size
-    teacher = load_frozen(run, TEACHERS[cfg.teacher](grid), cfg.teacher) if cfg.uses_teacher else None
+    teacher = TEACHERS[cfg.teacher](cfg.image_size // cfg.patch_size) if cfg.uses_teacher else None
     eye = load_frozen(run, DINO(), "dino_vits16") if cfg.adversarial_weight else None
     lpips = run.ready(load_lpips(cfg.weights, run.dry).to(device)) if cfg.perceptual_weight else None
     weights, last_layer = cfg.loss_weights(), tokenizer.decoder.to_pixels.weight
-    heads = build_heads(weights, cfg.channels, tokenizer.decoder.from_latent.out_features, cfg.teacher).to(device)
+    heads = build_heads(weights, cfg.channels, tokenizer.decoder.from_latent.out_features, teacher).to(device)
+    teacher = load_frozen(run, teacher, cfg.teacher) if teacher else None
     adversary = Adversary(VITS["dino_vits16"][0]).to(device) if eye else None
     age, of = start_from(run, stage, tokenizer, adversary)  # steps of the stages before; what they made
     if teacher and run.processes.first and stage == next(iter(STAGES)):
@@ -60,8 +60,7 @@ def train_on_images(run: Run, stage: str) -> dict:
     optimizers = {"model": adamw([tokenizer, heads], betas=(0.9, 0.95), weight_decay=1e-4)}
     optimizers |= {"discriminator": adamw([adversary], betas=(0.9, 0.95), weight_decay=1e-4)} if eye else {}
     state = State(run, stage, {"model": tokenizer, "heads": heads, "adversary": adversary, "ema": ema}, optimizers, of)
-    encode, decode, compare = (state.parallel(network) for network in (tokenizer.encoder, tokenizer.decoder, heads))
-    judge = state.parallel(adversary) if eye else None
+    encode, decode, compare, judge = map(state.parallel, (tokenizer.encoder, tokenizer.decoder, heads, adversary))
     pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.rows(cfg.batch_size)
     items = batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows)
     loaded = iter(loader(run.data, items, cfg.workers))

@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-DEVICES = ("cpu", "cuda", "mps")
+DEVICES = ("cpu", "cuda")  # a Mac computes on its CPU: its GPU has no float64, which samplers and metrics take
 CHECKPOINT = {"stage": str, "step": int, "config": dict, "classes": list, "ema": dict}  # what all of ours hold
 
 
@@ -85,12 +85,13 @@ class Processes:
     @staticmethod
     def start(kind: str | None = None) -> "Processes":
         """On a device of DEVICES, in torchrun's process group if there is one: nccl for CUDA tensors, gloo for those on the CPU."""
-        kind, local = kind or ("cuda" if torch.cuda.is_available() else "cpu"), int(os.environ.get("LOCAL_RANK", 0))
-        devices = {"cpu": local + 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-        if local >= devices:
-            raise OSError(f"process {local} has no {kind} device of its own: there are {devices}")  # no other may find it
-        cuda, device = kind == "cuda", torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        cuda, local = (kind == "cuda") if kind else torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
+            if local >= torch.cuda.device_count():
+                raise OSError(
+                    f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}"
+                )  # no other may find it
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if "RANK" not in os.environ:

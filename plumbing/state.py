@@ -125,8 +125,10 @@ class State:
             networks = {name: network.state_dict() for name, network in self.networks.items()}
             save_checkpoint(about | {"optimizers": optimizers} | networks, self.run.path(f"{self.stage}.pt"))
 
-    def parallel(self, network: nn.Module) -> Callable:
+    def parallel(self, network: nn.Module | None) -> Callable | None:
         """What to call for a trained network: with several processes DistributedDataParallel, which averages gradients."""
+        if network is None:
+            return None
         if self.run.processes.world > 1 and any(p.requires_grad for p in network.parameters()):
             network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
             self.parallels.append(network)

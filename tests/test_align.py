@@ -127,14 +127,15 @@ def test_alignment_can_be_learned_to_zero():
 
 def test_heads_are_those_with_a_weight_at_the_teachers_width_and_act_as_one():
     z, targets = torch.randn(2, 3, 4), (torch.randn(2, 11), torch.randn(2, 12, 11))
-    assert build_heads({"local": 0.0, "global": 0.0}, 4, 16, "hog")(z, targets) == {}
+    assert build_heads({"local": 0.0, "global": 0.0}, 4, 16, HOG(2))(z, targets) == {}
     for weights in ({"local": 1.0, "global": 0.0}, {"local": 0.0, "global": 1.0}):
-        heads = build_heads(weights, 4, 16, "hog")
+        heads = build_heads(weights, 4, 16, HOG(2))
         assert heads(z, targets) == heads[0](z, targets) and list(heads.parameters())
     heads.append(other := torch.nn.Module())
     other.forward = lambda z, targets, mask: {"hidden": mask.float().mean()}
     merged = heads(z, targets, torch.ones(2, 12, dtype=torch.bool))
     assert merged == heads[0](z, targets) | {"hidden": 1}
     for name, width in (("dinov2_vits14", 384), ("dinov2_vitl14_reg", 1024)):
-        local = build_heads({"local": 1.0, "global": 1.0}, 4, 16, name)[0].local_mlp
+        with torch.device("meta"):
+            local = build_heads({"local": 1.0, "global": 1.0}, 4, 16, TEACHERS[name](2))[0].local_mlp
         assert (local.fc1.in_features, local.fc1.out_features, local.fc2.out_features) == (4, 16, width)

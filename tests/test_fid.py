@@ -624,7 +624,7 @@ def test_no_figure_depends_on_the_process_count(samples, tiny_run, weights, tmp_
     assert values["rfid_mean"] != values["rfid_sampled"]
 
 
-def test_rfid_of_held_out_images(tiny_run, weights, tmp_path, three_features):
+def test_rfid_of_held_out_images(tiny_run, weights, tmp_path, three_features, capsys):
     alone, flags = official_folder(tmp_path / "alone", INCEPTION), f"--data {tiny_run}/images --card {tmp_path}/x.json"
     run(f"rfid {tiny_run} {flags} --weights {alone}")
     card = read(tmp_path / "x.json")
@@ -640,6 +640,9 @@ def test_rfid_of_held_out_images(tiny_run, weights, tmp_path, three_features):
         assert card["values"][f"{name}_mean"] == pytest.approx(found.mean().item(), rel=1e-5)
     assert card["checkpoint"] == loaded.about and card["reference"]["hash"] == folder.stamp
     assert card["N"] == card["reference"]["N"] == 2
+    pairs = [fid.statistics(images[:, :, 5, 5].float()) for images in (copies, crops)]  # against the very crops
+    assert card["values"]["rfid_mean"] == pytest.approx(fid.frechet_distance(*pairs[0], *pairs[1]), rel=1e-6)
+    assert f"rfid: 2 images, reference {tiny_run}/images (2)" in capsys.readouterr().out
 
 
 def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path, capsys):
