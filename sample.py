@@ -25,7 +25,7 @@ from torch import Tensor
 
 from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
 from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
-from plumbing.run import progress, replacing, save_checkpoint, state_hash, warn, write_text
+from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, write_text
 from sit import SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
@@ -62,6 +62,8 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
         raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
     saved, sit = load_checkpoint(paths[0], CHECKPOINT, mmap=True), None
     config, weights = saved["config"], saved.get("tokenizer", saved["ema"])
+    if "tokenizer" not in saved and (seal := paths[0].with_name("latents.json")).exists():
+        weights |= {name: torch.tensor(read_json(seal)[name]) for name in ("latent_mean", "latent_std")}
     if "tokenizer" in saved and len(paths) > 1:  # the stage decoder may have been run again since
         newer = load_checkpoint(paths[1], CHECKPOINT, mmap=True)["ema"]
         if any(not torch.equal(newer[key], value) for key, value in weights.items() if key.startswith("encoder.")):

@@ -108,6 +108,16 @@ def test_an_exported_file_takes_the_place_of_its_run(run, tmp_path):
     assert sample.load_run(tmp_path / "model.pt").about["weights"] == sample.load_run(root / "out").about["weights"]
 
 
+def test_a_tokenizer_carries_the_statistics_of_its_latents(run, tmp_path):
+    """Also before there is a SiT, and when it is given away."""
+    root, _ = run
+    for name in ("decoder.pt", "latents.json"):
+        (tmp_path / name).write_bytes((root / "out" / name).read_bytes())
+    sample.main(f"{tmp_path} --export {tmp_path}/alone/model.pt".split())
+    for path in (tmp_path, tmp_path / "alone" / "model.pt"):
+        assert torch.equal(sample.load_run(path).tokenizer.latent_std, sample.load_run(root / "out").tokenizer.latent_std)
+
+
 def test_active_units_are_counted():
     mean = torch.randn(1000, 2, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.5, 0.01, 0.0])
     numbers = describe(moments(mean, mean) | {"kl": torch.tensor(6.0)})
