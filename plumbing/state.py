@@ -130,7 +130,7 @@ class State:
         if network is None:
             return None
         if self.run.processes.world > 1 and any(p.requires_grad for p in network.parameters()):
-            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
             self.parallels.append(network)
         return self.run.ready(network)
 
