@@ -24,7 +24,7 @@ from plumbing.images import BATCH, READERS, ImageSet, batch_rows, compare, finis
 from plumbing.inception import InceptionV3, inception_features, load_inception
 from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error, command_line, progress, read_json, replacing, warn
 from plumbing.weights import LPIPS_FILES, at_hand, find_official, load_lpips
-from sample import load_run
+from sample import beside, load_run
 from sit import seeded_noise
 
 
@@ -163,10 +163,10 @@ def gfid(args: Namespace, processes: Processes) -> None:
             real = real[spread(len(real), 10_000)]  # as many as ADM's reference batches have
             values["precision"], values["recall"] = precision_recall(real.to(processes.device), fake.to(processes.device))
             protocol |= {"precision_recall_reference": len(real), "k": 3}
-    beside = Path(f"{Path(args.samples)}.json")  # as sample.py writes it
-    if not beside.is_file():
+    record = Path(f"{Path(args.samples)}.json")  # as sample.py writes it
+    if not record.is_file():
         warn(f"no record beside {args.samples}: the card does not say how they were sampled")
-    card = {"sampler": read_json(beside) if beside.is_file() else None, "samples": sets[0].record(), "reference": sets[1].record()}
+    card = {"sampler": read_json(record) if record.is_file() else None, "samples": sets[0].record(), "reference": sets[1].record()}
     card |= {"command": "gfid", "values": values, "N": card["samples"]["N"], "protocol": protocol}
     finish(card, args.card or f"{str(Path(args.samples)).removesuffix('.npz')}.gfid.json")
 
@@ -214,7 +214,7 @@ def rfid(args: Namespace, processes: Processes) -> None:
         values = {name: x.mean().item() if x.ndim == 1 else frechet_distance(*statistics(x), *real) for name, x in found.items()}
         card = {"command": "rfid", "values": values, "N": len(items), "protocol": protocol, "seed": args.seed}
         about = {"run": args.run, "checkpoint": run.about, "reference": {"path": args.data, "N": len(items), "hash": data.stamp}}
-        finish(card | about, args.card or Path(args.run) / "rfid.json")
+        finish(card | about, args.card or beside(args.run, "rfid.json"))
 
 
 def probe(args: Namespace, processes: Processes) -> None:
@@ -236,7 +236,7 @@ def probe(args: Namespace, processes: Processes) -> None:
         protocol = {"solver": "ridge", "ridge": 0.01, "train": len(train), "test": len(test)}
         card = {"command": "probe", "values": values, "N": len(test), "protocol": protocol}
         about = {"run": args.run, "checkpoint": run.about, "reference": {"path": args.data, "N": len(data), "hash": data.stamp}}
-        finish(card | about, args.card or Path(args.run) / "probe.json")
+        finish(card | about, args.card or beside(args.run, "probe.json"))
 
 
 @torch.no_grad()

@@ -85,6 +85,11 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
     return TrainedRun(config, saved["classes"], tokenizer.to(device).eval(), sit, about)
 
 
+def beside(run: str, name: str) -> Path:
+    """Where a result is written if nothing else is said: in the run's folder, or beside an exported file."""
+    return Path(run) / name if Path(run).is_dir() else Path(f"{run}.{name}")
+
+
 @torch.no_grad()
 def generate(run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **sampler) -> Tensor:
     """Samples number `indices` of a seed with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU. `sampler`: see TrainedRun.sampler."""
@@ -162,7 +167,7 @@ def main(arguments: list[str]) -> None:
     processes = Processes.start(args.device)
     run = load_run(args.run, processes.device)
     name = "reconstructions.png" if args.reconstruct else "samples.npz" if args.npz else "samples.png"
-    path = Path(args.out or Path(args.run) / name)
+    path = Path(args.out or beside(args.run, name))
     if args.export:
         networks = {"ema": run.sit, "tokenizer": run.tokenizer} if run.sit else {"ema": run.tokenizer}
         about = {"stage": run.about["stage"], "step": run.about["step"], "config": run.config, "classes": run.classes}

@@ -9,6 +9,7 @@ from PIL import Image
 from reference import TINY, TINY_STEPS, make_folder
 
 import align
+import fid
 import masking
 import sample
 import train
@@ -104,6 +105,8 @@ def test_an_exported_file_takes_the_place_of_its_run(run, tmp_path):
         sample.main(f"{words} --classes 1 --columns 2 --steps 3 --out {tmp_path}/{len(words)}.png".split())
     pictures = [path.read_bytes() for path in tmp_path.glob("*.png")]
     assert len(pictures) == 2 and pictures[0] == pictures[1]
+    fid.main(f"probe {tmp_path}/model.pt --data {root}/images".split())
+    assert json.loads((tmp_path / "model.pt.probe.json").read_text())["values"]["accuracy"] == 1  # plain colours
     assert (tmp_path / "model.pt").stat().st_size < (root / "out" / "sit.pt").stat().st_size / 2
     assert sample.load_run(tmp_path / "model.pt").about["weights"] == sample.load_run(root / "out").about["weights"]
 
