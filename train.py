@@ -217,7 +217,7 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
                 posterior = encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
                 mean, std = (part.unflatten(0, (-1, 2)).cpu() for part in (posterior.mean, posterior.std))  # (b, 2, L, C)
                 batch = rows[place : place + len(labels)]
-                batch["mean"], batch["std"], batch["label"] = mean, std, labels
+                batch["mean"], batch["std"], batch["label"] = mean.numpy(), std.numpy(), labels.numpy()
                 sums += torch.stack([part.double().sum((0, 1, 2)) for part in (mean, mean.square(), std.square())])
                 place += len(labels)
         center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.tokens)

@@ -349,6 +349,7 @@ def test_signals_end_a_command_in_one_line_and_leave_no_temporary_file(tmp_path,
             signal.raise_signal(signal.SIGINT)
 
     previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(SystemExit) as stop:
         command_line(main)
     signal.signal(signal.SIGTERM, previous)
