@@ -41,8 +41,8 @@ def command_line(main) -> None:
             text = "out of memory; a smaller --micro_batch of train.py or --batch_size of sample.py needs less, and changes nothing"
         elif isinstance(error, RuntimeError):
             raise
-        # The processes of a machine find the same UserError, and the first one says it.
-        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        # The processes of a machine find the same UserError, and are interrupted together: the first one says it.
+        if not isinstance(error, UserError | KeyboardInterrupt) or os.environ.get("LOCAL_RANK", "0") == "0":
             tqdm.write(f"error: {text}" if text else "interrupted", file=sys.stderr)  # below an open progress bar
         sys.exit(2 if text else 130)
     finally:
