@@ -34,6 +34,7 @@ from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from align import DINO, TEACHERS
 from fid import frechet_distance, precision_recall, statistics
 from losses import DRAWS, Adversary
 from plumbing.data import ImageFolder, Latents, batch_indices, center_crop, image_tensor, loader, read_image
@@ -137,13 +138,14 @@ def bench_terms(run: Run, batch: int, peak: float) -> None:
     step = lambda: decode(encode(images, None).sample()).square().mean().backward()  # noqa: E731
     report("  encoder and decoder, both ways", step, batch, device, peak)
     if config.uses_teacher:
-        teacher = train.load_teacher(run, config)
+        grid = config.image_size // config.patch_size
+        teacher = train.load_frozen(run, TEACHERS[config.teacher](grid), config.teacher)
         report("  teacher", lambda: teacher(images), batch, device, peak)
     if config.perceptual_weight:
-        lpips = run.frozen(load_lpips(config.weights, True))
+        lpips = run.ready(load_lpips(config.weights, True).to(device))
         report("  LPIPS", lambda: lpips(images.clone().requires_grad_(), images).mean().backward(), batch, device, peak)
     if config.adversarial_weight:
-        eye, adversary = train.load_eye(run, config), Adversary(384).to(device)
+        eye, adversary = train.load_frozen(run, DINO(), "dino_vits16"), Adversary(384).to(device)
         judge, u = run.ready(adversary), torch.rand(batch, 4, DRAWS, device=device)
         step = lambda: sum(judge(eye, images.clone().requires_grad_(), images, u, True)[:2]).backward()  # noqa: E731
         report("  discriminator's loss and the decoder's", step, batch, device, peak)
