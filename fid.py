@@ -266,8 +266,9 @@ def main(arguments: list[str]) -> None:
         for name in names.split():
             sub.add_argument(name, **settings.get(name, {}))
     args = parser.parse_args(arguments)
-    if getattr(args, "seed", 0) < 0:
-        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    for name in ("seed", "image_size"):
+        if getattr(args, name, 0) < 0:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
     processes = Processes.start(getattr(args, "device", None))
     torch.set_float32_matmul_precision("highest")  # no TF32
     args.run_command(args, processes)

@@ -62,7 +62,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
         raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
     saved, sit = load_checkpoint(paths[0], CHECKPOINT, mmap=True), None
     config, weights = saved["config"], saved.get("tokenizer", saved["ema"])
-    if "tokenizer" not in saved and (seal := paths[0].with_name("latents.json")).exists():
+    if "tokenizer" not in saved and (seal := Path(path) / "latents.json").exists():
         weights |= {name: torch.tensor(read_json(seal)[name]) for name in ("latent_mean", "latent_std")}
     if "tokenizer" in saved and len(paths) > 1:  # the stage decoder may have been run again since
         newer = load_checkpoint(paths[1], CHECKPOINT, mmap=True)["ema"]

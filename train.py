@@ -202,14 +202,18 @@ def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
     return tokenizer.to(run.device).eval(), state_hash(tokenizer.encoder.state_dict(), run.data.stamp)
 
 
+def has_latents(run: Run) -> bool:
+    """Whether latents.npy is there, with its seal."""
+    return run.path("latents.npy").exists() and run.path("latents.json").exists()
+
+
 @torch.no_grad()
 def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     """Posterior moments of each training image and its mirror image -> latents.npy, once; the tokenizer with their statistics."""
     cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
-    (tokenizer, of), seal = trained_tokenizer(run), path.with_suffix(".json")
-    if not (path.exists() and seal.exists()):
-        place, end = processes.share(len(items)).start, processes.share(len(items)).stop
-        lists = [items[start : min(start + 64, end)].tolist() for start in range(place, end, 64)]
+    (tokenizer, of), share = trained_tokenizer(run), processes.share(len(items))
+    if not has_latents(run):
+        place, lists = share.start, [items[i : min(i + 64, share.stop)].tolist() for i in range(share.start, share.stop, 64)]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
         with shared_array(path, (len(items),), Latents.record(cfg.tokens, cfg.channels), processes) as rows:
             for images, labels in progress(loader(run.data, lists, cfg.workers), "latents", processes):
@@ -223,7 +227,8 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
         center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.tokens)
         spread = (mean_square - center.square() + variance).sqrt()  # law of total variance
         if processes.first:  # written last
-            write_text(json.dumps({"stamp": of, "latent_mean": center.tolist(), "latent_std": spread.tolist()}), seal)
+            seal = {"stamp": of, "latent_mean": center.tolist(), "latent_std": spread.tolist()}
+            write_text(json.dumps(seal), path.with_suffix(".json"))
         processes.barrier()
     latents = Latents(path, of, len(items), cfg.tokens, cfg.channels, len(run.data.classes))
     tokenizer.latent_mean.copy_(torch.tensor(latents.seal["latent_mean"]))
@@ -242,7 +247,7 @@ def official_files(cfg: Config, stages: list[str]) -> list[str]:
 def is_done(run: Run, stage: str) -> bool:
     """Whether a stage has nothing left to do. UserError if its checkpoint is of another run."""
     if stage == "latents":
-        return run.path("latents.json").exists() and bool(cache_latents(run))
+        return has_latents(run) and bool(cache_latents(run))
     saved = load_stage(run, stage, of=trained_tokenizer(run)[1] if stage == "sit" else None)
     return saved is not None and saved["step"] >= run.config.steps(stage)
 

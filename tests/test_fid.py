@@ -388,6 +388,8 @@ def test_photographs_of_many_sizes_are_cropped_as_in_training(weights, tmp_path,
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(raw / f"{i}.png")
     with pytest.raises(OSError, match="raw has images of several sizes; --image_size S crops them"):
         run(f"stats {raw} {tmp_path}/out.npz --weights {weights}")
+    with pytest.raises(UserError, match="--image_size is -5; it must be at least 0"):
+        run(f"stats {raw} {tmp_path}/out.npz --weights {weights} --image_size -5")
     run(f"stats {raw} {tmp_path}/out.npz --weights {weights} --image_size 16")
     folder, found = ImageFolder(raw, 16), np.load(tmp_path / "out.npz")
     crops = torch.stack([folder.read(i)[0] for i in range(5)])

@@ -1,6 +1,7 @@
 """What could be lost without an error: each test here turns red when one line that keeps the quality is taken out."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,17 @@ def test_latents_stay_on_disk(run):
     assert isinstance(Latents(root / "out" / "latents.npy", seal["stamp"], count, 4, 4, 3).rows, np.memmap)
 
 
+def test_lost_latents_are_made_again_and_not_called_done(run, tmp_path, capsys):
+    root, _ = run
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / "latents.npy").unlink()
+    command = json.loads((root / "out" / "result.json").read_text())["sit"]["made_by"]["command"]
+    train.main([word.replace(f"{root}/out", f"{tmp_path}/out") for word in command[1:]])
+    printed = capsys.readouterr().out
+    assert "decoder: done before" in printed and "latents: done before" not in printed
+    assert (tmp_path / "out" / "latents.npy").read_bytes() == (root / "out" / "latents.npy").read_bytes()
+
+
 def test_result_json_says_how_it_came_about(run):
     root, _ = run
     result = json.loads((root / "out" / "result.json").read_text())
@@ -117,6 +129,7 @@ def test_a_tokenizer_carries_the_statistics_of_its_latents(run, tmp_path):
     for name in ("decoder.pt", "latents.json"):
         (tmp_path / name).write_bytes((root / "out" / name).read_bytes())
     sample.main(f"{tmp_path} --export {tmp_path}/alone/model.pt".split())
+    (tmp_path / "alone" / "latents.json").write_text('{"latent_mean": [9, 9, 9, 9], "latent_std": [9, 9, 9, 9]}')  # of another run
     for path in (tmp_path, tmp_path / "alone" / "model.pt"):
         assert torch.equal(sample.load_run(path).tokenizer.latent_std, sample.load_run(root / "out").tokenizer.latent_std)
 
