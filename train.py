@@ -202,17 +202,12 @@ def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
     return tokenizer.to(run.device).eval(), state_hash(tokenizer.encoder.state_dict(), run.data.stamp)
 
 
-def has_latents(run: Run) -> bool:
-    """Whether latents.npy is there, with its seal."""
-    return run.path("latents.npy").exists() and run.path("latents.json").exists()
-
-
 @torch.no_grad()
 def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     """Posterior moments of each training image and its mirror image -> latents.npy, once; the tokenizer with their statistics."""
     cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
     (tokenizer, of), share = trained_tokenizer(run), processes.share(len(items))
-    if not has_latents(run):
+    if not Latents.are_whole(path):
         place, lists = share.start, [items[i : min(i + 64, share.stop)].tolist() for i in range(share.start, share.stop, 64)]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
         with shared_array(path, (len(items),), Latents.record(cfg.tokens, cfg.channels), processes) as rows:
@@ -247,7 +242,7 @@ def official_files(cfg: Config, stages: list[str]) -> list[str]:
 def is_done(run: Run, stage: str) -> bool:
     """Whether a stage has nothing left to do. UserError if its checkpoint is of another run."""
     if stage == "latents":
-        return has_latents(run) and bool(cache_latents(run))
+        return Latents.are_whole(run.path("latents.npy")) and bool(cache_latents(run))
     saved = load_stage(run, stage, of=trained_tokenizer(run)[1] if stage == "sit" else None)
     return saved is not None and saved["step"] >= run.config.steps(stage)
 

@@ -207,7 +207,7 @@ class Latents:
     def __init__(self, path: Path, stamp: str, count: int, tokens: int, channels: int, classes: int):
         seal, self.labels = path.with_suffix(".json"), range(max(1, classes))
         remedy = f"delete {seal} and run the stage latents"
-        if not (path.exists() and seal.exists()):
+        if not self.are_whole(path):
             raise UserError(f"{path} does not exist, or not whole; run the stage latents first")
         self.seal = read_json(seal)
         if self.seal.get("stamp") != stamp:
@@ -217,6 +217,11 @@ class Latents:
             scales = np.shape([self.seal["latent_mean"], self.seal["latent_std"]])
             if (self.rows.dtype, self.rows.shape, scales) != (self.record(tokens, channels), (count,), (2, channels)):
                 raise ValueError(f"it must hold {count} records of {tokens} x {channels}")
+
+    @staticmethod
+    def are_whole(path: Path) -> bool:
+        """Whether they are there, with their seal."""
+        return path.exists() and path.with_suffix(".json").exists()
 
     @staticmethod
     def record(tokens: int, channels: int) -> np.dtype:
