@@ -1,12 +1,13 @@
 """Frozen teachers, and heads that compare the latents with what they see (paper section 3.3, eq. 3-6).
 
-    targets = teacher(images)           cls (B, D), patches (B, N, D)   no gradient
-    losses = head(z, targets, mask)     {term: loss}: a head is a trained module with this call
+    cls, patches = teacher(images)      (B, D), (B, N, D)
+    losses = head(z, targets, mask)     {term: loss}: a head is a trained module with this call; targets = {name: what it saw}
 
-Two teachers: `DINOv2` (official weights) and `HOG` (no weights: gradients and colours, for offline use). This is the only file
+Teachers: `DINOv2` (official weights) and `HOG` (no weights: gradients and colours, for offline use). This is the only file
 that turns [-1, 1] images into a teacher's input. `DINO` is no teacher, but what the discriminator of losses.py looks through.
+Heads: `Alignment` (MacTok), `FeatureDecoder` (MAETok), `Preservation` (AlignTok), whose encoder is a teacher: `TeacherEncoder`.
 
-    python -c "import torch as t, align as a; print(a.Alignment(16, 64, 11)(t.zeros(2, 4, 16), a.HOG(8)(t.zeros(2, 3, 32, 32))))"
+    python -c "import torch as t, align as a; print([x.shape for x in a.HOG(8)(t.zeros(2, 3, 32, 32))])"
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer import IMAGENET_MEAN, IMAGENET_STD, Block, Mlp, PatchEmbed
+from tokenizer import IMAGENET_MEAN, IMAGENET_STD, POSTERIORS, Block, Decoder, Gaussian, Mlp, PatchEmbed, Point, Tokenizer
 
 
 def check_range(images: Tensor) -> None:
@@ -41,12 +42,14 @@ class ViT(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
+        self.name = name
         self.width, depth, heads, self.patch_size, self.trained_grid, self.registers = VITS[name]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.trained_grid**2, self.width))
         self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, self.width)) if self.registers else None
         is_dinov2 = name.startswith("dinov2")
-        self.mask_token = nn.Parameter(torch.zeros(1, self.width)) if is_dinov2 else None  # in the file, not used here
+        unused = nn.Parameter(torch.zeros(1, self.width), requires_grad=False)
+        self.mask_token = unused if is_dinov2 else None  # in the file, not used here
         self.patch_embed = PatchEmbed(self.patch_size, self.width)
         self.blocks = nn.ModuleList(Block(self.width, heads, layer_scale=is_dinov2) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -104,7 +107,6 @@ class DINOv2(nn.Module):
         self.vit, self.grid = ViT(name), grid
         self.width = self.vit.width
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> cls (B, D), patches (B, grid^2, D).
 
@@ -164,6 +166,61 @@ class HOG(nn.Module):
         return cls, patches
 
 
+class CellHOG(nn.Module):
+    """Histograms of oriented gradients as MaskFeat and MAETok compute them: 9 orientations per colour and cell of at most 8 px.
+
+    At 256 px with 16-px patches D = 3 x 9 x 2 x 2 = 108 values. A target of `FeatureDecoder`.
+    """
+
+    BINS = 9
+
+    def __init__(self, grid: int, patch_size: int):
+        super().__init__()
+        self.grid, self.cell = grid, math.gcd(8, patch_size)
+        self.width = 3 * self.BINS * (patch_size // self.cell) ** 2
+        sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("sobel", torch.stack([sobel, sobel.T])[:, None], persistent=False)
+        window = torch.exp(-((torch.arange(2 * self.cell) - self.cell + 0.5) / self.cell).square() / 2)
+        self.register_buffer("window", window / window.sum(), persistent=False)  # of tiles of 2 x 2 cells, along one side
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, H) in [-1, 1] -> their mean (B, D) and patches (B, grid^2, D), ordered by colour, bin, row, column."""
+        check_range(images)
+        window = self.window[torch.arange(images.shape[-1], device=images.device) % len(self.window)]
+        padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect").flatten(0, 1)[:, None]
+        across, down = F.conv2d(padded, self.sobel).unflatten(0, (-1, 3)).unbind(2)  # (B, 3, H, H)
+        bins = (torch.atan2(across, down) / math.pi * self.BINS).floor().long() % self.BINS  # orientation modulo pi
+        votes = torch.hypot(across, down) * torch.outer(window, window)
+        votes = torch.zeros(*bins.shape, self.BINS, device=bins.device).scatter_(-1, bins[..., None], votes[..., None])
+        cells = F.avg_pool2d(votes.movedim(-1, 2).flatten(1, 2), self.cell).unflatten(1, (3, self.BINS))
+        cells = F.normalize(cells * self.cell**2, dim=2)  # (B, 3, BINS, H / cell, H / cell)
+        patches = cells.flatten(1, 2).unflatten(-1, (self.grid, -1)).unflatten(-3, (self.grid, -1))  # (B, 27, grid, r, grid, r)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return patches.mean(dim=1), patches
+
+
+class TeacherEncoder(nn.Module):
+    """AlignTok's encoder: a teacher and an adapter of two layers on its patches (section 3.2, eq. 3); its width is ours."""
+
+    def __init__(self, teacher: nn.Module, channels: int, posterior: str):
+        super().__init__()
+        self.teacher, self.posterior = teacher, POSTERIORS[posterior]
+        self.adapter = nn.Sequential(nn.Linear(teacher.width, 4 * teacher.width), nn.GELU())
+        self.to_moments = nn.Linear(4 * teacher.width, channels * len(self.posterior._fields))
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, drop: bool = False) -> Gaussian | Point:
+        """images (B, 3, H, W) -> the posterior of (B, N, C). Hidden patches become grey; they cannot be dropped."""
+        if drop:
+            raise ValueError("a teacher sees whole images: its patches cannot be dropped")
+        if mask is not None:
+            side = math.isqrt(mask.shape[1])
+            images = images * (1 - F.interpolate(mask.view(-1, 1, side, side).to(images.dtype), images.shape[-2:]))
+        x = self.adapter(self.teacher(images)[1])
+        with torch.autocast(x.device.type, enabled=False):
+            return self.posterior.of(self.to_moments(x.float()))
+
+
 # By name: grid -> teacher.
 TEACHERS = {"hog": HOG} | {name: partial(DINOv2, name) for name in VITS if name.startswith("dinov2")}
 
@@ -176,9 +233,9 @@ class Alignment(nn.Module):
         self.local_mlp = Mlp(channels, hidden, teacher_width)
         self.global_mlp = Mlp(channels, hidden, teacher_width)
 
-    def forward(self, z: Tensor, targets: tuple[Tensor, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, z: Tensor, targets: dict, mask: Tensor | None = None) -> dict[str, Tensor]:
         """-> local (eq. 3, 5, 6) and global (eq. 4, 5, 6), means over the batch in [0, 2]. The mask is of no matter here."""
-        cls, patches = targets
+        cls, patches = targets["teacher"]
         # eq. 3 repeats each latent N/L times before the MLP; the MLP acts per token, so repeating its output is equal.
         repeats = patches.shape[1] // z.shape[1]
         local = self.local_mlp(z).repeat_interleave(repeats, dim=1)  # (B, N, D)
@@ -191,16 +248,58 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
 
 
+class FeatureDecoder(nn.Module):
+    """Predicts a teacher's patches from z at the hidden patches, by a decoder of 3 blocks (MAETok section 3.2, eq. 7-8)."""
+
+    def __init__(self, term: str, source: str, decoder: Decoder):
+        super().__init__()
+        self.term, self.source, self.decoder = term, source, decoder
+
+    def forward(self, z: Tensor, targets: dict, mask: Tensor) -> dict[str, Tensor]:
+        return {self.term: masked_mse(self.decoder(z), targets[self.source][1], mask)}
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """(B, N, D) twice, mask (B, N) -> the squared error per value at an image's hidden patches; images without any count as 0."""
+    error = (prediction.float() - target.float()).square().mean(dim=-1)
+    return ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+class Preservation(nn.Module):
+    """AlignTok section 3.2, eq. 4: the mean squared distance of z from the latents of the encoder that the stage began with."""
+
+    def forward(self, z: Tensor, targets: dict, mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {"preservation": F.mse_loss(z, targets["before"].mean)}
+
+
 class Heads(nn.ModuleList):
     """Some heads as one: (z, targets, mask) -> {term: loss} of all of them."""
 
-    def forward(self, z: Tensor, targets: tuple[Tensor, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, z: Tensor, targets: dict, mask: Tensor | None = None) -> dict[str, Tensor]:
         return {term: loss for head in self for term, loss in head(z, targets, mask).items()}
 
 
-def build_heads(weights: dict[str, float], channels: int, hidden: int, teacher: nn.Module | None) -> Heads:
-    """The heads of which some term has a weight, for the targets of a teacher."""
-    heads = Heads()
+def build_heads(weights: dict[str, float], tokenizer: Tokenizer, teachers: dict[str, nn.Module]) -> Heads:
+    """The heads of which some term has a weight, for what these teachers see."""
+    heads, channels, width = Heads(), tokenizer.channels, tokenizer.decoder.from_latent.out_features
+    grid, tokens = math.isqrt(tokenizer.num_patches), 0 if tokenizer.has_grid else tokenizer.tokens
     if weights["local"] or weights["global"]:
-        heads.append(Alignment(channels, hidden, teacher.width))
+        heads.append(Alignment(channels, width, teachers["teacher"].width))
+    for term, source in (("features", "teacher"), ("hog", "hog")):
+        if weights[term]:  # a quarter of the decoder's width: 192 and 3 heads for B (config: MAETok's code)
+            few = tokenizer.decoder.blocks[0].attn.heads // 4
+            decoder = Decoder(grid, tokens, channels, teachers[source].width, width // 4, depth=3, heads=few)
+            heads.append(FeatureDecoder(term, source, decoder))
+    if weights["preservation"]:
+        heads.append(Preservation())
     return heads
+
+
+def build_tokenizer(config: dict) -> Tokenizer:
+    """Made from the entries of a larger dict that it depends on; with encoder_init "teacher" its encoder is the teacher."""
+    names = ("image_size", "patch_size", "tokens", "channels", "size", "posterior")
+    settings, encoder = {name: config[name] for name in names}, None
+    if config["encoder_init"] == "teacher":
+        teacher = TEACHERS[config["teacher"]](config["image_size"] // config["patch_size"])
+        encoder = TeacherEncoder(teacher, config["channels"], config["posterior"])
+    return Tokenizer(**settings, encoder=encoder)

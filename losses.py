@@ -2,7 +2,8 @@
 
     LPIPS            distance in VGG16 features, official weights
     Discriminator    light trained heads on a frozen network's features; hinge_loss, diff_augment, consistency_loss, LeCam
-    Adversary        the discriminator with its regularisers and the adaptive weight of its gradient
+    Balance          the adaptive weight of a loss
+    Adversary        the discriminator with its regularisers and its adaptive weight
 
 There is no schedule here: train.py decides when a term counts. Images are (B, 3, H, W) in [-1, 1]. Frozen networks are handed
 in as arguments: `eye(images)` gives a list of feature maps (B, D, h, w).
@@ -204,24 +205,52 @@ def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, most: float) -> Tensor:
     """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, at most `most` (Esser et al. 2021, eq. 7).
 
-    Both are gradients of the decoder's last layer, of the same shape.
+    Both are gradients of the same layer: the decoder's last one, for AlignTok's preservation the encoder's (its section A).
     """
     return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=most)
 
 
-class Adversary(nn.Module):
-    """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1).
+class Balance(nn.Module):
+    """The adaptive weight of a loss: with it, its gradient has the norm of the other losses' at a layer, or less.
 
-    What a step measures over its whole global batch (mean logits, gradients of the decoder's last layer) takes effect in the
-    next one (ours): so neither accumulation nor the process count changes anything.
+    What a step measures over its whole global batch takes effect in the next one (ours): so neither accumulation nor the
+    process count changes anything.
     """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(()))
+        self.measured: dict[str, Tensor] = {}
+
+    def weigh(self, layer: Tensor, others: tuple, mine: tuple) -> Tensor:
+        """The weight of this step. Of (what is differentiated, its gradient), both gradients at the layer are measured."""
+        for name, (output, gradient) in (("others", others), ("mine", mine)):
+            (at_layer,) = torch.autograd.grad(output, layer, gradient, retain_graph=True)
+            self.measure(name, at_layer)
+        return self.weight
+
+    def measure(self, name: str, value: Tensor) -> None:
+        self.measured[name] = self.measured.get(name, 0) + value
+
+    @torch.no_grad()
+    def end_step(self, average: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Take in what was measured, unless it is not finite; `average` turns this process's sums into means over the batch."""
+        mean = {name: average(value) for name, value in self.measured.items()}
+        self.measured = {}
+        if "mine" in mean:
+            finite = mean["others"].norm().isfinite() & mean["mine"].norm().isfinite()
+            weight = adaptive_weight(mean["others"], mean["mine"], MAX_ADAPTIVE_WEIGHT)
+            self.weight.copy_(torch.where(finite, weight, self.weight))
+        return mean
+
+
+class Adversary(Balance):
+    """The discriminator with its regularisers, and the adaptive weight of its gradient (section 4.1, B.1)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.discriminator = Discriminator(width)
         self.register_buffer("averages", torch.zeros(2))  # LeCam's, of the mean logits: real, fake
-        self.register_buffer("weight", torch.zeros(()))  # the adaptive one
-        self.measured: dict[str, Tensor] = {}
 
     def forward(self, eye: Eye, fakes: Tensor, images: Tensor, u: Tensor, fool: bool) -> tuple[Tensor, Tensor, dict]:
         """fakes, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (0 without `fool`), logs.
@@ -245,31 +274,13 @@ class Adversary(nn.Module):
         loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
         return loss, -self.discriminator(seen).mean() if fool else torch.zeros(()), logs
 
-    def balanced(self, reconstruction: Tensor, last_layer: Tensor, slope: Tensor, against: Tensor) -> Tensor:
-        """Two gradients at the pixels, of the other losses (`slope`) and of the adversarial one -> the latter, weighted.
-
-        Beside it, what the next step's weight is made of is measured: both gradients at the decoder's last layer.
-        """
-        for name, at_pixels in (("slope", slope), ("against", against)):
-            (at_layer,) = torch.autograd.grad(reconstruction, last_layer, at_pixels, retain_graph=True)
-            self.measure(name, at_layer)
-        return self.weight * against
-
-    def measure(self, name: str, value: Tensor) -> None:
-        self.measured[name] = self.measured.get(name, 0) + value
-
     @torch.no_grad()
     def end_step(self, average: Callable[[Tensor], Tensor]) -> None:
-        """Take in what was measured, unless it is not finite; `average` turns this process's sums into means over the batch."""
-        mean = {name: average(value) for name, value in self.measured.items()}
-        self.measured = {}
-        logits = torch.where(mean["logits"].isfinite(), mean["logits"], self.averages)
-        self.averages.lerp_(logits, 1 - LECAM_DECAY)
-        if "against" in mean:
-            slope, against = mean["slope"], mean["against"]
-            finite = slope.norm().isfinite() & against.norm().isfinite()
-            weight = adaptive_weight(slope, against, MAX_ADAPTIVE_WEIGHT)
-            self.weight.copy_(torch.where(finite, weight, self.weight))
+        """As a `Balance`, and LeCam's averages with it; nothing if the discriminator was not asked."""
+        logits = super().end_step(average).get("logits")
+        if logits is None:
+            return
+        self.averages.lerp_(torch.where(logits.isfinite(), logits, self.averages), 1 - LECAM_DECAY)
         for module in self.discriminator.modules():
             if isinstance(module, NormedConv):
                 module.refine()

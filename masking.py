@@ -1,4 +1,4 @@
-"""Which image patches to hide from the encoder (paper section 3.2). Pure functions of scores and draws, copy any of them.
+"""What to hide from the encoder or the decoder (paper section 3.2). Pure functions of scores and draws, copy any of them.
 
 A mask is bool (B, N), True = hidden. Each image has its own ratio m, of which exactly round(m N) patches are hidden:
 
@@ -6,6 +6,8 @@ A mask is bool (B, N), True = hidden. Each image has its own ratio m, of which e
     mask = random_mask(m, order)                         order (B, N) uniform: any patches
     mask = semantic_mask(m, similarity(cls, patches))    the patches most like the whole image
     mask = mixed_mask(m, order, scores, coin)            one or the other, per image; coin (B,) uniform
+
+What the decoder gets instead of z: `hide_latents` (a failing ablation), `noise_latents` (l-DeTok).
 
     python -c "import torch, masking as k; print(k.random_mask(k.mask_ratio(torch.rand(4)), torch.rand(4, 64)).sum(1))"
 """
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_ratio(u: Tensor, max_ratio: float = 0.7) -> Tensor:
-    """u (B,) -> m = max(0, U(-0.1, M)) per image: one image in 1 + 10 M is not masked (section 3.2; l-DeTok eq. 5)."""
-    return (u * (max_ratio + 0.1) - 0.1).clamp(min=0)
+def mask_ratio(u: Tensor, most: float = 0.7, least: float = -0.1) -> Tensor:
+    """u (B,) -> m = max(0, U(least, M)): at -0.1 one image in 1 + 10 M is not masked (section 3.2; l-DeTok eq. 5)."""
+    return (u * (most - least) + least).clamp(min=0)
 
 
 def mask_highest(m: Tensor, scores: Tensor) -> Tensor:
@@ -54,11 +56,18 @@ def hide_latents(z: Tensor, m: Tensor, order: Tensor) -> Tensor:
     return z.masked_fill(random_mask(m, order[:, : z.shape[1]])[..., None], 0)
 
 
+def noise_latents(z: Tensor, tau: Tensor, noise: Tensor, gamma: float = 3.0) -> Tensor:
+    """z (B, L, C), tau (B,) uniform, noise ~ N(0, 1) -> (1 - tau) z + tau gamma noise (l-DeTok section 3.2, eq. 4)."""
+    tau = tau[:, None, None]
+    return (1 - tau) * z + tau * gamma * noise
+
+
 # By name, with one call: m (B,), order (B, N), scores (B, N) or None where there is no teacher, coin (B,) -> mask (B, N).
 MASKS = {
     "mixed": mixed_mask,
     "random": lambda m, order, scores, coin: random_mask(m, order),
     "semantic": lambda m, order, scores, coin: semantic_mask(m, scores),
     "latent": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),  # `hide_latents` acts instead
+    "dropped": lambda m, order, scores, coin: random_mask(m, order),  # m of one value: the encoder leaves out the hidden patches
     "none": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),
 }

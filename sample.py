@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align import build_tokenizer
 from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
 from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
 from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, write_text
-from sit import SiT, check_sampler, sample, seeded_noise
+from sit import GENERATORS, SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
 
@@ -42,21 +43,24 @@ class TrainedRun:
     tokenizer: Tokenizer
     sit: SiT | None
     about: dict = field(default_factory=dict)
+    guide: SiT | None = None  # see `load_guide`
 
-    def sampler(self, solver: str = "sde", steps: int | None = None, guidance: float | None = None, interval=(0.0, 0.7)) -> dict:
+    def sampler(self, solver=None, steps=None, guidance=None, interval=(0.0, 0.7), shift=None) -> dict:
         """Settings of sit.sample; those not given are the run's own. Raises UserError for impossible ones."""
-        if guidance is not None and guidance > 1 and not self.classes:
-            raise UserError(f"--guidance {guidance} needs classes, and this run was trained without")
-        guidance = (self.config["guidance"] if self.classes else 1.0) if guidance is None else guidance
-        steps = self.config["sample_steps"] if steps is None else steps
+        network = GENERATORS[self.config.get("generator", "sit")]
+        if guidance is not None and guidance > 1 and not (self.classes or self.guide):
+            raise UserError(f"--guidance {guidance} needs classes, and this run was trained without; or a --guide")
+        guidance = (self.config["guidance"] if self.classes or self.guide else 1.0) if guidance is None else guidance
+        solver, steps = solver or network.solver, self.config["sample_steps"] if steps is None else steps
+        shift = (1.0 if solver == "sde" else network.shift) if shift is None else shift
         with as_user_error():
-            check_sampler(solver, steps, guidance, interval)
-        return {"solver": solver, "steps": steps, "guidance": guidance, "interval": tuple(interval)}
+            check_sampler(solver, steps, guidance, interval, shift)
+        return {"solver": solver, "steps": steps, "guidance": guidance, "interval": tuple(interval), "shift": shift}
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun:
-    """The latest stage in a folder (sit.pt, else decoder.pt, else tokenizer.pt), or an exported file. Raises UserError."""
-    names = ("sit.pt", "decoder.pt", "tokenizer.pt")
+    """The latest stage in a folder (sit.pt, else decoder.pt, else what was before), or an exported file. Raises UserError."""
+    names = ("sit.pt", "decoder.pt", "joint.pt", "adapter.pt", "tokenizer.pt")
     paths = [Path(path)] if Path(path).is_file() else [Path(path) / name for name in names if (Path(path) / name).exists()]
     if not paths:
         raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
@@ -70,19 +74,27 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
             raise UserError(f"{paths[1]} does not belong to {paths[0]}: their encoders differ; move one of them away")
         weights |= {key: value for key, value in newer.items() if key.startswith("decoder.")}
     with as_user_error(f"{paths[0]}: "):
-        tokenizer = Tokenizer.from_config(config)
+        tokenizer = build_tokenizer(config)
         tokenizer.load_state_dict(weights)
         if "tokenizer" in saved:
-            sit = SiT(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), config["sit"])
+            network, grid = GENERATORS[config.get("generator", "sit")], tokenizer.has_grid
+            sit = network(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), config["sit"], grid).to(device).eval()
             sit.load_state_dict(saved["ema"])
             weights |= {f"sit.{key}": value for key, value in saved["ema"].items()}
-            sit.to(device).eval()
-    steps = config[f"{saved['stage']}_steps"]
+    steps = saved["of_steps"]
     if saved["step"] < steps:
         warn(f"{paths[0]} is unfinished, at step {saved['step']} of {steps}")
-    about = {"file": paths[0].name, "stage": saved["stage"], "step": saved["step"], "of_steps": steps}
-    about["weights"] = state_hash(weights)
+    about = {"file": paths[0].name} | {key: saved[key] for key in ("stage", "step", "of_steps")} | {"weights": state_hash(weights)}
     return TrainedRun(config, saved["classes"], tokenizer.to(device).eval(), sit, about)
+
+
+def load_guide(path: str, run: TrainedRun) -> SiT:
+    """The SiT of another run, for autoguidance (MAETok 4.5). Raises UserError unless it knows the same latents and classes."""
+    other = load_run(path, run.tokenizer.latent_mean.device)
+    hashes = {state_hash(each.tokenizer.encoder.state_dict(), str(len(each.classes))) for each in (run, other)}
+    if other.sit is None or len(hashes) > 1 or (run.tokenizer.normalize(other.tokenizer.denormalize(1.0)) - 1).abs().max() > 0.01:
+        raise UserError(f"--guide {path} needs a sit.pt for {len(run.classes)} classes on the latents of this run's encoder")
+    return other.sit
 
 
 def beside(run: str, name: str) -> Path:
@@ -95,7 +107,7 @@ def generate(run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0,
     """Samples number `indices` of a seed with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU. `sampler`: see TrainedRun.sampler."""
     device = run.tokenizer.latent_mean.device
     noise = seeded_noise(seed, indices, (run.tokenizer.tokens, run.tokenizer.channels), device)
-    x = sample(run.sit, noise, labels.to(device), len(run.classes), **run.sampler(**sampler))
+    x = sample(run.sit, noise, labels.to(device), len(run.classes), guide=run.guide, **run.sampler(**sampler))
     return to_uint8(run.tokenizer.decode(run.tokenizer.denormalize(x.float()))).cpu()
 
 
@@ -154,10 +166,12 @@ def main(arguments: list[str]) -> None:
     what.add_argument("--reconstruct", default="", metavar="FOLDER", help='show reconstructions of its images, or of "shapes"')
     what.add_argument("--export", default="", metavar="FILE", help="write the averaged models alone")
     add("--batch_size", type=int, default=64, help="samples per forward with --npz")
-    add("--solver", default="sde", help="sde (config: REPA), heun or euler")
+    add("--solver", help="sde, heun or euler (default: the generator's; config: SiT sde, LightningDiT euler)")
     add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
     add("--guidance", type=float, help="scale (default: the run's; 1 = none; paper: 2.3 / 2.4 for 128 / 64 tokens)")
     add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide only for t in it (config: REPA's 0 0.7)")
+    add("--shift", type=float, help="of the time steps of heun and euler (default: the generator's own)")
+    add("--guide", default="", metavar="RUN", help="a weaker run on the same latents, for autoguidance (MAETok 4.5)")
     add("--seed", type=int, default=0, help="of the noise")
     add("--device", choices=DEVICES, help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
@@ -170,7 +184,7 @@ def main(arguments: list[str]) -> None:
     path = Path(args.out or beside(args.run, name))
     if args.export:
         networks = {"ema": run.sit, "tokenizer": run.tokenizer} if run.sit else {"ema": run.tokenizer}
-        about = {"stage": run.about["stage"], "step": run.about["step"], "config": run.config, "classes": run.classes}
+        about = {name: run.about[name] for name in ("stage", "step", "of_steps")} | {"config": run.config, "classes": run.classes}
         return save_checkpoint(about | {key: network.state_dict() for key, network in networks.items()}, args.export)
     if args.reconstruct:
         data = open_dataset(args.reconstruct, run.config["image_size"])
@@ -180,14 +194,15 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{args.run} has no sit.pt yet, so it can only --reconstruct; train its sit stage to sample")
     classes = parse_classes(args.classes, run.classes)
     classes = classes if args.npz or args.classes else classes[:10]
-    settings = {"seed": args.seed, **run.sampler(args.solver, args.steps, args.guidance, args.interval)}
+    run.guide = load_guide(args.guide, run) if args.guide else None
+    settings = {"seed": args.seed, **run.sampler(args.solver, args.steps, args.guidance, args.interval, args.shift)}
     if args.npz:
         write_npz(run, classes, args.npz, args.batch_size, path, processes, **settings)
     elif processes.first:
         write_grid(run, classes, args.columns, path, **settings)
     if processes.first:
         count = args.npz or len(classes) * args.columns
-        record = {"run": str(args.run), "checkpoint": run.about, "count": count, "classes": classes, **settings}
+        record = {"run": args.run, "guide": args.guide, "checkpoint": run.about, "count": count, "classes": classes, **settings}
         write_text(json.dumps(record, indent=1), f"{path}.json")
         print(f"wrote {path}")
 

@@ -5,7 +5,8 @@
       -> Gaussian  (or Point)  z = posterior.sample()  (B, L, C)
       -> Decoder   [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels (B, 3, H, W)
 
-Shapes: B batch, N = (H / patch_size)^2 image patches, L latent tokens, C channels per token, D width.
+Shapes: B batch, N = (H / patch_size)^2 image patches, L latent tokens, C channels per token, D width. With tokens = 0 there are
+no latent tokens, the latents are the outputs at the patches and L = N (l-DeTok, AlignTok).
 The mask is an argument (see masking.py): bool (B, N), True = hidden from the encoder. One that is passed is applied.
 
     python -c "import torch, tokenizer as t; m = t.Tokenizer(32, 4, 16, 16, 'toy'); print(m(torch.zeros(2, 3, 32, 32))[0].shape)"
@@ -42,9 +43,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = self.attend(*qkv.permute(2, 0, 3, 1, 4))
         return self.proj(x.transpose(1, 2).reshape(batch, length, width))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each (B, heads, T, D / heads)."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Mlp(nn.Module):
@@ -108,6 +112,12 @@ class Gaussian(NamedTuple):
     mean: Tensor
     logvar: Tensor
 
+    @staticmethod
+    def of(outputs: Tensor) -> "Gaussian":
+        """The encoder's outputs (B, L, 2 C) -> mean and logvar."""
+        mean, logvar = outputs.chunk(2, dim=-1)
+        return Gaussian(mean, logvar.clamp(-30, 20))
+
     @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
@@ -126,6 +136,10 @@ class Point(NamedTuple):
     """The posterior of a plain autoencoder: one point, without noise and without KL; mean is (B, L, C), float32."""
 
     mean: Tensor
+
+    @staticmethod
+    def of(outputs: Tensor) -> "Point":
+        return Point(outputs)
 
     @property
     def std(self) -> Tensor:
@@ -162,81 +176,99 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(sincos_2d(grid, width)[None])  # 2D absolute, trained
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         # Distinct learned tokens are their own 1D positions: a position table would be the same parameter twice.
-        self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width))
+        self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width)) if tokens else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_moments = nn.Linear(width, channels * len(self.posterior._fields))  # mean and logvar, or the point
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Gaussian | Point:
+    def forward(self, images: Tensor, mask: Tensor | None = None, drop: bool = False) -> Gaussian | Point:
+        """Hidden patches become a learned token. With `drop`, as many in each image, the blocks never see them (l-DeTok 3.2).
+
+        A dropped patch has no latent: the prior, mean 0 and logvar 0, stands in its place.
+        """
         x = self.patch_embed(images)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = x + self.pos_embed
-        latents = self.latent_tokens.expand(len(x), -1, -1)
-        x = torch.cat([x, latents.to(x.dtype)], dim=1)  # (B, N + L, D)
+        if drop:
+            x = x[~mask].view(len(x), -1, x.shape[-1])  # (B, visible, D)
+        if self.latent_tokens is not None:
+            x = torch.cat([x, self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N + L, D)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, -latents.shape[1] :])  # (B, L, D)
+        x = self.norm(x if self.latent_tokens is None else x[:, -self.latent_tokens.shape[1] :])  # (B, L, D)
         with torch.autocast(x.device.type, enabled=False):
-            mean, *logvar = self.to_moments(x.float()).chunk(len(self.posterior._fields), dim=-1)
-        return self.posterior(mean, *(part.clamp(-30, 20) for part in logvar))
+            outputs = self.to_moments(x.float())
+        if drop:
+            outputs = outputs.new_zeros(*mask.shape, outputs.shape[-1]).masked_scatter(~mask[..., None], outputs)
+        return self.posterior.of(outputs)
 
 
 class Decoder(nn.Module):
-    """z (B, L, C) -> images (B, 3, H, W)."""
+    """z (B, L, C) -> (B, N, out), what it predicts of each patch: its pixels, or features (align.py)."""
 
-    def __init__(self, grid: int, patch_size: int, tokens: int, channels: int, width: int, depth: int, heads: int):
+    def __init__(self, grid: int, tokens: int, channels: int, out: int, width: int, depth: int, heads: int):
         super().__init__()
-        self.grid, self.patch_size = grid, patch_size
         self.from_latent = nn.Linear(channels, width)
-        self.latent_pos = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None])
+        self.latent_pos = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None]) if tokens else None
         # One learned token per patch; starting as 2D positions costs nothing and learns faster than 1D ones (ours).
         self.reconstruction_tokens = nn.Parameter(sincos_2d(grid, width)[None])
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.to_pixels = nn.Linear(width, 3 * patch_size**2)
+        self.to_patches = nn.Linear(width, out)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.from_latent(z) + self.latent_pos  # (B, L, D)
-        queries = self.reconstruction_tokens.expand(len(z), -1, -1)
-        x = torch.cat([queries.to(z.dtype), z], dim=1)  # (B, N + L, D)
+    def forward(self, z: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Latents of patches are added to the tokens of theirs; a dropped one's (B, N) stands alone, as its mask token."""
+        x, z = self.reconstruction_tokens.expand(len(z), -1, -1), self.from_latent(z)
+        if self.latent_pos is not None:
+            x = torch.cat([x.to(z.dtype), z + self.latent_pos], dim=1)  # (B, N + L, D)
+        else:
+            x = x + (z if dropped is None else z.masked_fill(dropped[..., None], 0))  # (B, N, D)
         for block in self.blocks:
             x = block(x)
-        patches = self.to_pixels(self.norm(x[:, : queries.shape[1]]))  # (B, N, 3 p p)
-        return F.fold(patches.float().transpose(1, 2), self.grid * self.patch_size, self.patch_size, stride=self.patch_size)
+        return self.to_patches(self.norm(x[:, : self.reconstruction_tokens.shape[1]])).float()
+
+
+def to_image(patches: Tensor, patch_size: int) -> Tensor:
+    """(B, N, 3 p p), row-major -> (B, 3, H, W)."""
+    side = math.isqrt(patches.shape[1]) * patch_size
+    return F.fold(patches.transpose(1, 2), side, patch_size, stride=patch_size)
 
 
 class Tokenizer(nn.Module):
     """The autoencoder of paper section 3.1: `encoder`, `decoder` and the statistics of its latents.
 
-    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L, channels = C, size of SIZES, posterior of
-    POSTERIORS. Raises ValueError when patch_size does not divide image_size, or L does not divide N (eq. 3 repeats N/L times).
+    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L (0: one latent per patch), channels = C, size of
+    SIZES, posterior of POSTERIORS, encoder: another one with the call of `Encoder` and a last layer `to_moments`. Raises
+    ValueError when patch_size does not divide image_size.
     """
 
-    def __init__(self, image_size: int, patch_size: int, tokens: int, channels: int, size: str, posterior: str = "gaussian"):
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        tokens: int,
+        channels: int,
+        size: str,
+        posterior: str = "gaussian",
+        encoder: nn.Module | None = None,
+    ):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
-        sides = min(image_size, patch_size, tokens, channels) >= 1 and image_size % patch_size == 0
-        if not sides or (image_size // patch_size) ** 2 % tokens:
+        if min(image_size, patch_size, channels) < 1 or tokens < 0 or image_size % patch_size:
             sizes = f"image_size {image_size}, patch_size {patch_size}, tokens {tokens}, channels {channels}"
-            raise ValueError(f"{sizes}: patch_size must divide image_size, tokens (image_size / patch_size)^2, all at least 1")
+            raise ValueError(f"{sizes}: patch_size must divide image_size, and all but tokens be at least 1")
         grid = image_size // patch_size
-        encoder, decoder = SIZES[size]
-        self.num_patches, self.tokens, self.channels = grid**2, tokens, channels
-        self.encoder = Encoder(grid, patch_size, tokens, channels, posterior, *encoder)
-        self.decoder = Decoder(grid, patch_size, tokens, channels, *decoder)
+        self.patch_size, self.num_patches, self.tokens, self.channels = patch_size, grid**2, tokens or grid**2, channels
+        self.has_grid = tokens == 0  # the latents lie on the grid of the patches
+        self.encoder = encoder or Encoder(grid, patch_size, tokens, channels, posterior, *SIZES[size][0])
+        self.decoder = Decoder(grid, tokens, channels, 3 * patch_size**2, *SIZES[size][1])
         # Statistics of z over the training set, per channel; set once after training (train.py, stage "latents").
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
         self.apply(init_linear)
         nn.init.constant_(self.encoder.to_moments.bias[channels:], -4.0)  # logvar: start nearly noise-free (ours)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Tokenizer":
-        """Made from the entries of a larger dict that are its arguments."""
-        names = ("image_size", "patch_size", "tokens", "channels", "size", "posterior")
-        return cls(**{name: config[name] for name in names})
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Gaussian | Point:
         """images (B, 3, H, W) in [-1, 1], mask bool (B, N), True = hidden -> the posterior of (B, L, C)."""
@@ -244,7 +276,7 @@ class Tokenizer(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, L, C) -> images (B, 3, H, W), float32, not clipped to [-1, 1]."""
-        return self.decoder(z)
+        return to_image(self.decoder(z), self.patch_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None):
         """-> reconstruction (B, 3, H, W), posterior, z (B, L, C)."""
@@ -299,7 +331,7 @@ def load_dinov2(encoder: Encoder, state: dict[str, Tensor]) -> None:
     """
     own = encoder.state_dict()
     new = {key: value for key, value in state.items() if key not in ("cls_token", "register_tokens")}
-    new |= {key: own[key] for key in ("latent_tokens", "to_moments.weight", "to_moments.bias")}
+    new |= {key: value for key, value in own.items() if key == "latent_tokens" or key.startswith("to_moments")}
     kernel = resample_patch_kernel(new["patch_embed.proj.weight"], encoder.patch_embed.proj.kernel_size[0])
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     # (x / 2 + 1 / 2 - mean) / std, folded into the first layer.

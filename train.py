@@ -1,14 +1,15 @@
-"""Train MacTok: images -> tokenizer -> latents -> SiT -> samples. Run the same command again to resume.
+"""Train MacTok, or a system beside it: images -> tokenizer -> latents -> SiT -> samples. Run the same command again to resume.
 
     python train.py                                                   # offline default: built-in shapes, minutes on a CPU
     python train.py --data photos/ --preset toy                       # your own images: one sub-folder per class, or flat
-    python train.py --recipe kl --out out_kl                          # another method: mactok, kl, ae
+    python train.py --recipe ldetok --out out_ldetok                  # another method: maetok, ldetok, aligntok, kl, ae
     python train.py --data imagenet/train --preset b256 --dry_run     # parameters, memory and time before starting
     torchrun --nproc_per_node=8 train.py --data imagenet/train --preset b256 --tokens 128 --out runs/b256
 
 Stages, each with its own checkpoint in --out, done in turn unless --stage picks one:
     tokenizer   encoder, bottleneck and decoder with masks and alignment   -> tokenizer.pt, masks.png, reconstructions.png
-    decoder     the decoder alone, without masks                           -> decoder.pt, reconstructions.png
+    decoder     the decoder alone                                          -> decoder.pt, reconstructions.png
+                (aligntok: adapter and joint in place of tokenizer)
     latents     encode the data set once                                   -> latents.npy, latents.json
     sit         the flow-matching transformer on the latents               -> sit.pt, samples.png
 All presets but toy train the whole objective, with official weights, fetched before the first step. Every value and its source is
@@ -19,7 +20,6 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -28,48 +28,49 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import masking
-from align import DINO, TEACHERS, VITS, ViT, build_heads
-from losses import DRAWS, Adversary
+from align import DINO, TEACHERS, VITS, CellHOG, ViT, build_heads, build_tokenizer
+from losses import DRAWS, Adversary, Balance
 from plumbing import show
 from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
 from plumbing.state import Run, State, draw, load_stage, moments, update_ema
 from plumbing.weights import LPIPS_FILES, OFFICIAL, at_hand, find_official, load_lpips, load_official
-from recipes import STAGES, Config, check_config, micro_batches, parse_config
-from sit import SiT, drop_labels, flow_matching_loss
-from tokenizer import Tokenizer, load_dinov2
+from recipes import Config, check_config, micro_batches, parse_config
+from sit import GENERATORS, drop_labels, flow_matching_loss
+from tokenizer import Tokenizer, load_dinov2, to_image
 
 
 def train_on_images(run: Run, stage: str) -> dict:
     """A stage on images: eq. 7, of the whole tokenizer or of its decoder alone (section 4.1) -> its part of result.json."""
     cfg, steps, device = run.config.at(stage), run.config.steps(stage), run.device
-    tokenizer = Tokenizer.from_config(asdict(cfg)).to(device)
-    teacher = TEACHERS[cfg.teacher](cfg.image_size // cfg.patch_size) if cfg.uses_teacher else None
-    eye = load_frozen(run, DINO(), "dino_vits16") if cfg.adversarial_weight else None
-    lpips = run.ready(load_lpips(cfg.weights, run.dry).to(device)) if cfg.perceptual_weight else None
-    weights, last_layer = cfg.loss_weights(), tokenizer.decoder.to_pixels.weight
-    heads = build_heads(weights, cfg.channels, tokenizer.decoder.from_latent.out_features, teacher).to(device)
-    teacher = load_frozen(run, teacher, cfg.teacher) if teacher else None
-    adversary = Adversary(VITS["dino_vits16"][0]).to(device) if eye else None
+    tokenizer, weights = build_tokenizer(asdict(cfg)).to(device), cfg.loss_weights()
+    frozen = frozen_networks(run, cfg)  # those of "teacher", "hog", "eye", "lpips" that are asked
+    heads = build_heads(weights, tokenizer, frozen).to(device)
+    adversary = Adversary(VITS["dino_vits16"][0]).to(device) if cfg.adversarial_weight else None
+    balance = Balance().to(device) if cfg.preservation_weight else None
     age, of = start_from(run, stage, tokenizer, adversary)  # steps of the stages before; what they made
-    if teacher and run.processes.first and stage == next(iter(STAGES)):
-        show.draw_masks(teacher, run)
-    tokenizer.encoder.requires_grad_(cfg.learn == "all")
+    frozen |= {"before": copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval()} if balance else {}
+    look = {name: run.ready(network) for name, network in frozen.items()}
+    eye, lpips = look.pop("eye", None), look.pop("lpips", None)
+    if "teacher" in look and run.processes.first and not age:
+        show.draw_masks(look["teacher"], run)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
     optimizers = {"model": adamw([tokenizer, heads], betas=(0.9, 0.95), weight_decay=1e-4)}
-    optimizers |= {"discriminator": adamw([adversary], betas=(0.9, 0.95), weight_decay=1e-4)} if eye else {}
-    state = State(run, stage, {"model": tokenizer, "heads": heads, "adversary": adversary, "ema": ema}, optimizers, of)
+    optimizers |= {"discriminator": adamw([adversary], betas=(0.9, 0.95), weight_decay=1e-4)} if adversary else {}
+    networks = dict(model=tokenizer, heads=heads, adversary=adversary, balance=balance, ema=ema)
+    state = State(run, stage, networks, optimizers, of)
     encode, decode, compare, judge = map(state.parallel, (tokenizer.encoder, tokenizer.decoder, heads, adversary))
     pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.rows(cfg.batch_size)
-    items = batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows)
-    loaded = iter(loader(run.data, items, cfg.workers))
-    uniform = {"flip": (), "ratio": (), "coin": (), "order": (tokenizer.num_patches,), "augment": (4, DRAWS)}
-    numbers = None
+    loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows), cfg.workers))
+    uniform = {"flip": (), "ratio": (), "coin": (), "order": (cfg.num_patches,), "augment": (4, DRAWS), "tau": ()}
+    normal = dict.fromkeys(("noise", "end"), (cfg.num_latents, cfg.channels))
+    dropping, numbers = cfg.mask == "dropped", None
 
     for step in state.steps():
         batch, lr = next(loaded)[0], warmup_cosine(cfg, step, steps)  # this process's rows of the global batch
-        draws = draw(run, stage, step, cfg.batch_size, uniform, normal={"noise": (cfg.tokens, cfg.channels)})
+        draws = draw(run, stage, step, cfg.batch_size, uniform, normal, shared=("ratio_of_all",))
+        left = 1 - step / steps if cfg.stages[stage].fades else 1.0  # of the mask ratio
         judging = eye and age + step >= cfg.discriminator_start  # does the discriminator learn
         fooling = eye and age + step >= cfg.discriminator_start * 5 // 4  # does the decoder feel it
 
@@ -77,14 +78,15 @@ def train_on_images(run: Run, stage: str) -> dict:
             state.exchange(piece is pieces[-1])
             d, x = draws[piece], to_float(batch[piece].to(device, non_blocking=True))
             x = torch.where(d.flip[:, None, None, None] < 0.5, x.flip(-1), x)  # images (b, 3, S, S) in [-1, 1]
-            targets = teacher(x) if teacher else None  # cls (b, D), patches (b, N, D)
-            scores = masking.similarity(*targets) if teacher else None  # (b, N)
-            m = masking.mask_ratio(d.ratio, cfg.mask_ratio)  # (b,)
+            targets = {name: network(x) for name, network in look.items()}  # "teacher": cls (b, D), patches (b, N, D)
+            scores = masking.similarity(*targets["teacher"]) if "teacher" in targets else None  # (b, N)
+            m = masking.mask_ratio(d.ratio_of_all if dropping else d.ratio, left * cfg.mask_ratio, left * cfg.mask_least)  # (b,)
             mask = masking.MASKS[cfg.mask](m, d.order, scores, d.coin)  # (b, N), True = hidden
-            posterior = encode(x, mask)
+            posterior = encode(x, mask, dropping)
             z = posterior.sample(d.noise)  # (b, L, C)
             shown = masking.hide_latents(z, m, d.order) if cfg.mask == "latent" else z
-            reconstruction = decode(shown)  # (b, 3, S, S)
+            shown = masking.noise_latents(shown, d.tau, d.end, cfg.latent_noise) if cfg.latent_noise else shown
+            reconstruction = to_image(decode(shown, mask if dropping else None), cfg.patch_size)  # (b, 3, S, S)
 
             on_latents = {"kl": posterior.kl().sum(1).mean()} | compare(z, targets, mask)  # eq. 9, eq. 3-6
             pixels = reconstruction.detach().requires_grad_()  # losses on pixels are differentiated here, each network passed once
@@ -96,20 +98,23 @@ def train_on_images(run: Run, stage: str) -> dict:
                 judgement, fooled, logs = judge(eye, pixels, x, d.augment, bool(fooling))
             if fooling:
                 (against,), logs["adversarial"] = torch.autograd.grad(fooled, pixels), fooled
-                slope = slope + weights["adversarial"] * adversary.balanced(reconstruction, last_layer, slope, against)
+                adaptive = adversary.weigh(tokenizer.decoder.to_patches.weight, (reconstruction, slope), (reconstruction, against))
+                slope = slope + weights["adversarial"] * adaptive * against
+            if balance:
+                preservation, layer = (on_latents["preservation"], None), tokenizer.encoder.to_moments.weight
+                weights["preservation"] = cfg.preservation_weight * balance.weigh(layer, (reconstruction, slope), preservation)
             backward(reconstruction, slope, [total(on_latents, weights), judgement], 1 / len(pieces))
             terms = {"loss": total(on_pixels | on_latents, weights)} | on_pixels | on_latents | logs
             state.add(terms | moments(posterior.mean, z), 1 / len(pieces))
 
         state.update(lr)
         update_ema(ema, tokenizer, cfg.ema_decay, step)
-        if judging:  # LeCam's averages, the next adaptive weight
-            adversary.end_step(lambda sums: run.processes.sum(sums) / (len(pieces) * run.processes.world))
+        for measured in filter(None, (adversary, balance)):  # the next adaptive weights, LeCam's averages
+            measured.end_step(lambda sums: run.processes.sum(sums) / (len(pieces) * run.processes.world))
         if state.due(cfg.log_every):
             state.write_line(lr, cfg.batch_size)
         if state.due(cfg.save_every):
             state.save()
-        if state.due(cfg.eval_every):
             numbers = show.reconstruction_quality(ema, run)  # and reconstructions.png
             state.append(numbers)
     return show.reconstruction_quality(ema, run) if numbers is None else numbers
@@ -119,13 +124,13 @@ def train_sit(run: Run) -> dict:
     """Flow matching on normalised latents; z is sampled anew from the cached posterior at each step -> its part of result.json."""
     cfg, device, null_label = run.config, run.device, len(run.data.classes)
     tokenizer, latents = cache_latents(run)
-    sit = SiT(cfg.tokens, cfg.channels, null_label, cfg.sit).to(device)
+    sit = GENERATORS[cfg.generator](cfg.num_latents, cfg.channels, null_label, cfg.sit, tokenizer.has_grid).to(device)
     ema = copy.deepcopy(sit).requires_grad_(False).eval()
-    optimizers = {"model": adamw([sit], betas=(0.9, 0.999), weight_decay=0.0)}  # SiT's own
+    optimizers = {"model": adamw([sit], betas=sit.betas, weight_decay=0.0)}
     state = State(run, "sit", {"model": sit, "ema": ema}, optimizers, latents.seal["stamp"], {"tokenizer": tokenizer.state_dict()})
     velocity = state.parallel(sit)
     pieces, rows = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes), run.rows(cfg.sit_batch_size)
-    uniform, shape = {"flip": (), "drop": (), "t": ()}, (cfg.tokens, cfg.channels)
+    uniform, shape = {"flip": (), "drop": (), "t": ()}, (cfg.num_latents, cfg.channels)
 
     for step in state.steps():
         batch = latents.batch(batch_indices(len(latents), cfg.sit_batch_size, cfg.seed, step, rows))
@@ -136,7 +141,8 @@ def train_sit(run: Run) -> dict:
             image, mirror = torch.arange(len(y), device=device), (d.flip < 0.5).long()  # mean, std (b, 2, L, C): mirrored, too
             z = mean[image, mirror] + std[image, mirror] * d.noise  # (b, L, C)
             x = tokenizer.normalize(z)
-            loss = flow_matching_loss(velocity, x, drop_labels(y, null_label, d.drop), d.t, d.end).mean()
+            y = drop_labels(y, null_label, d.drop)
+            loss = flow_matching_loss(velocity, x, y, sit.time(d.t), d.end, sit.cosine_weight).mean()
             (loss / len(pieces)).backward()
             state.add({"loss": loss}, 1 / len(pieces))
         state.update(cfg.sit_lr)
@@ -171,33 +177,53 @@ def warmup_cosine(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def frozen_networks(run: Run, cfg: Config) -> dict[str, nn.Module]:
+    """What is only looked through: a teacher, HOG of MAETok's kind, the discriminator's DINO, LPIPS; with official weights."""
+    grid, networks = cfg.image_size // cfg.patch_size, {}
+    if cfg.uses_teacher:
+        networks["teacher"] = TEACHERS[cfg.teacher](grid)
+    if cfg.hog_weight:
+        networks["hog"] = CellHOG(grid, cfg.patch_size)
+    if cfg.adversarial_weight:
+        networks["eye"] = DINO()
+    for network in networks.values():
+        if hasattr(network, "vit"):
+            load_official(network.vit, network.vit.name, cfg.weights, run.dry)
+    if cfg.perceptual_weight:
+        networks["lpips"] = load_lpips(cfg.weights, run.dry)
+    return {name: network.to(run.device).eval().requires_grad_(False) for name, network in networks.items()}
+
+
 def start_from(run: Run, stage: str, tokenizer: Tokenizer, adversary: Adversary | None) -> tuple[int, str]:
-    """Initial weights: DINOv2's in the first stage, then those of the stage before -> its steps, and a hash of its encoder."""
-    before = list(STAGES)[: list(STAGES).index(stage)]
+    """What the tokenizer learns in a stage, and from where: DINOv2's weights, or those of the stage before.
+
+    -> the steps of the stages before, and a hash of their encoder.
+    """
+    for name, parameter in tokenizer.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(run.config.stages[stage].learns))
+    stages = list(run.config.stages)
+    before = stages[: stages.index(stage)]
     if before:
         saved = load_stage(run, before[-1], finished=True)
         tokenizer.load_state_dict(saved["ema"])
         if adversary:
             adversary.load_state_dict(saved["adversary"])
         return sum(run.config.steps(name) for name in before), state_hash(tokenizer.encoder.state_dict())
-    if run.config.encoder_init != "none":
-        vit = load_official(ViT(run.config.encoder_init), run.config.encoder_init, run.config.weights, run.dry)
+    if (name := run.config.encoder_file) in VITS:
+        official = load_official(ViT(name), name, run.config.weights, run.dry).state_dict()
         with as_user_error(f"--encoder_init {run.config.encoder_init}: "):
-            load_dinov2(tokenizer.encoder, vit.state_dict())
+            if run.config.encoder_init == "teacher":
+                tokenizer.encoder.teacher.vit.load_state_dict(official)
+            else:
+                load_dinov2(tokenizer.encoder, official)
     return 0, ""
-
-
-def load_frozen(run: Run, network: nn.Module, name: str) -> Callable:
-    """What to call for a network that is only looked through; its ViT, if it has one, gets the official weights."""
-    if name in OFFICIAL:
-        load_official(network.vit, name, run.config.weights, run.dry)
-    return run.ready(network.to(run.device).eval().requires_grad_(False))
 
 
 def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
     """The averaged tokenizer of the last stage on images that has a checkpoint, and a hash of its encoder and the data."""
-    stage = next((name for name in reversed(STAGES) if run.path(f"{name}.pt").exists()), next(iter(STAGES)))
-    tokenizer = Tokenizer.from_config(asdict(run.config))
+    stages = list(run.config.stages)
+    stage = next((name for name in reversed(stages) if run.path(f"{name}.pt").exists()), stages[0])
+    tokenizer = build_tokenizer(asdict(run.config))
     tokenizer.load_state_dict(load_stage(run, stage, finished=True)["ema"])
     return tokenizer.to(run.device).eval(), state_hash(tokenizer.encoder.state_dict(), run.data.stamp)
 
@@ -210,7 +236,7 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     if not Latents.are_whole(path):
         place, lists = share.start, [items[i : min(i + 64, share.stop)].tolist() for i in range(share.start, share.stop, 64)]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
-        with shared_array(path, (len(items),), Latents.record(cfg.tokens, cfg.channels), processes) as rows:
+        with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
             for images, labels in progress(loader(run.data, lists, cfg.workers), "latents", processes):
                 images = to_float(images.to(run.device))
                 posterior = encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
@@ -219,13 +245,13 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
                 batch["mean"], batch["std"], batch["label"] = mean.numpy(), std.numpy(), labels.numpy()
                 sums += torch.stack([part.double().sum((0, 1, 2)) for part in (mean, mean.square(), std.square())])
                 place += len(labels)
-        center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.tokens)
+        center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.num_latents)
         spread = (mean_square - center.square() + variance).sqrt()  # law of total variance
         if processes.first:  # written last
             seal = {"stamp": of, "latent_mean": center.tolist(), "latent_std": spread.tolist()}
             write_text(json.dumps(seal), path.with_suffix(".json"))
         processes.barrier()
-    latents = Latents(path, of, len(items), cfg.tokens, cfg.channels, len(run.data.classes))
+    latents = Latents(path, of, len(items), cfg.num_latents, cfg.channels, len(run.data.classes))
     tokenizer.latent_mean.copy_(torch.tensor(latents.seal["latent_mean"]))
     tokenizer.latent_std.copy_(torch.tensor(latents.seal["latent_std"]))
     return tokenizer, latents
@@ -233,9 +259,12 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
 
 def official_files(cfg: Config, stages: list[str]) -> list[str]:
     """Which official files these stages need."""
-    names = [cfg.encoder_init, cfg.teacher if cfg.uses_teacher else ""] if next(iter(STAGES)) in stages else []
-    if set(stages) & set(STAGES):
-        names += [*(LPIPS_FILES if cfg.perceptual_weight else ()), "dino_vits16" if cfg.adversarial_weight else ""]
+    names = []
+    for stage in filter(cfg.stages.get, stages):
+        at = cfg.at(stage)
+        names += [at.encoder_file] if stage == next(iter(cfg.stages)) else []
+        names += [at.teacher] if at.uses_teacher else []
+        names += [*(LPIPS_FILES if at.perceptual_weight else ()), "dino_vits16" if at.adversarial_weight else ""]
     return [name for name in OFFICIAL if name in names]
 
 
@@ -251,8 +280,8 @@ def main(arguments: list[str]) -> None:
     config, options = parse_config(arguments)
     processes = Processes.start(options.device)
     check_config(config, processes)
-    run = Run.open(config, processes, options.dry_run, options.precision)
-    stages = [*STAGES, "latents", "sit"] if options.stage == "all" else [options.stage]
+    run = Run.open(config, processes, options.dry_run, options.precision, options.compile)
+    stages = [*config.stages, "latents", "sit"] if options.stage == "all" else [options.stage]
     if processes.first:
         print(f"objective: {config.objective}")
     if options.dry_run:
@@ -289,7 +318,7 @@ def main(arguments: list[str]) -> None:
         processes.barrier()
         if processes.first:
             print(f"{stage}: {json.dumps(result[stage])}")
-            result[stage] |= {"made_by": show.provenance(options, arguments, processes)}
+            result[stage] |= {"made_by": show.provenance(config, options, arguments, processes)}
             write_text(json.dumps(result | {"config": asdict(config)}, indent=1), path)
 
 

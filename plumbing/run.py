@@ -22,7 +22,7 @@ except ImportError:  # Windows
     fcntl = None
 
 DEVICES = ("cpu", "cuda")  # a Mac computes on its CPU: its GPU has no float64, which samplers and metrics take
-CHECKPOINT = {"stage": str, "step": int, "config": dict, "classes": list, "ema": dict}  # what all of ours hold
+CHECKPOINT = {"stage": str, "step": int, "of_steps": int, "config": dict, "classes": list, "ema": dict}  # what all of ours hold
 
 
 class UserError(Exception):

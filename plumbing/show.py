@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import masking
-from align import HOG
+from align import HOG, build_tokenizer
 from fid import frechet_distance, psnr, ssim, statistics
 from plumbing.data import loader, spread, to_float, write_image
 from plumbing.images import batch_rows, gather
@@ -22,8 +22,9 @@ from plumbing.inception import inception_features
 from plumbing.run import Processes, file_hash
 from plumbing.state import Run
 from plumbing.weights import OFFICIAL, official_path
+from recipes import Config
 from sample import TrainedRun, generate, reconstruct, write_grid
-from sit import SiT
+from sit import GENERATORS
 from tokenizer import Tokenizer
 
 
@@ -101,12 +102,12 @@ def draw_masks(teacher: Callable, run: Run) -> None:
     write_image(torch.stack(rows), run.path("masks.png"))
 
 
-def provenance(options: Namespace, arguments: list[str], processes: Processes) -> dict:
+def provenance(config: Config, options: Namespace, arguments: list[str], processes: Processes) -> dict:
     """What made a result: the command line, this code, versions, the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
-    made_by = {"command": ["train.py", *arguments], "recipe": options.recipe, "preset": options.preset, "commit": commit}
+    made_by = {"command": ["train.py", *arguments], "recipe": config.recipe, "preset": options.preset, "commit": commit}
     return made_by | {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -116,15 +117,15 @@ def provenance(options: Namespace, arguments: list[str], processes: Processes) -
 
 
 def measure(run: Run, files: list[str], train: Callable[[Run, str], dict]) -> None:
-    """A dry run: two steps of the tokenizer's own loop in a temporary folder, with every term on -> files, sizes, memory, time."""
-    config, world = run.config, run.processes.world
+    """A dry run: two steps of the first stage's own loop in a temporary folder, every term on -> files, sizes, memory, time."""
+    config, world, first = run.config, run.processes.world, next(iter(run.config.stages))
     share = config.batch_size // world
     width = min(config.micro_batch or share, share)
     few = width if run.device.type == "cuda" else min(2, width)
     with tempfile.TemporaryDirectory() as out:
-        short = {"tokenizer_steps": 2, "batch_size": few * world, "micro_batch": 0, "discriminator_start": 0}
-        quiet = {"log_every": 1, "save_every": 0, "eval_every": 0, "out": out}
-        train(replace(run, config=replace(config, **short, **quiet), eval_items=run.eval_items[:2]), "tokenizer")
+        short = {"tokenizer_steps": round(2 / config.stages[first].steps[1]), "batch_size": few * world, "micro_batch": 0}
+        quiet = {"discriminator_start": 0, "log_every": 1, "save_every": 0, "out": out}
+        train(replace(run, config=replace(config, **short, **quiet), eval_items=run.eval_items[:2]), first)
         line = json.loads(Path(out, "log.jsonl").read_text().splitlines()[1]) if run.processes.first else {}
     if not run.processes.first:
         return
@@ -134,14 +135,14 @@ def measure(run: Run, files: list[str], train: Callable[[Run, str], dict]) -> No
         size = f"{path.stat().st_size / 1e6:.1f} MB, {file_hash(path)}" if path.is_file() else f"missing, {absent}; from {file.url}"
         print(f"file        {path}: {size}, {file.licence}")
     with torch.device("meta"):
-        tokenizer = Tokenizer.from_config(asdict(config))
-        sit = SiT(config.tokens, config.channels, len(run.data.classes), config.sit)
+        tokenizer = build_tokenizer(asdict(config))
+        sit = GENERATORS[config.generator](tokenizer.tokens, config.channels, len(run.data.classes), config.sit, tokenizer.has_grid)
     sizes = [f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters" for network in (tokenizer, sit)]
     seconds = share * world / line["images_per_second"]
-    days = seconds * config.tokenizer_steps / 86400
+    days = seconds * config.steps(first) / 86400
     print(f"data        {len(run.train_items)} images to train on, {len(run.eval_items)} held out, {len(run.data.classes)} classes")
-    print(f"tokenizer   {config.size}: {sizes[0]}, N = {tokenizer.num_patches}, L = {config.tokens}, C = {config.channels}")
-    print(f"sit         {config.sit}: {sizes[1]}")
+    print(f"tokenizer   {config.size}: {sizes[0]}, N = {tokenizer.num_patches}, L = {tokenizer.tokens}, C = {config.channels}")
+    print(f"{config.generator:<12}{config.sit}: {sizes[1]}")
     print(f"batch       {config.batch_size} = {world} processes x {share // width} accumulated x {width} images")
     print(f"memory      peak {line['memory_gb']:.2f} GB with {few} images")
-    print(f"one step    {seconds:.2f} s for the batch on {run.device.type}, from {few} images; {days:.2f} days for all")
+    print(f"one step    {seconds:.2f} s for the batch on {run.device.type}, from {few} images; {days:.2f} days for stage {first}")

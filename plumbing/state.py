@@ -35,17 +35,18 @@ class Run:
     eval_items: np.ndarray
     dry: bool = False  # measure only: missing official files leave networks as they are made
     bf16: bool = False  # matrix products in bf16
+    compile: bool = False  # the transformer blocks
     inception: nn.Module | None = None  # where its file is at hand
 
     @staticmethod
-    def open(config: Config, processes: Processes, dry: bool = False, precision: str | None = None) -> "Run":
+    def open(config: Config, processes: Processes, dry: bool = False, precision: str | None = None, compile=False) -> "Run":
         """Find the data and split it. precision: "bf16", "float32", or None for what suits the device."""
         data = open_dataset(config.data, config.image_size)
         if len(data) < 2:
             raise UserError(f"{config.data} has only one image; two are the least")
         native = processes.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if precision is None else precision == "bf16"
-        return Run(config, processes, data, *split(len(data), config.eval_images), dry, bf16)
+        return Run(config, processes, data, *split(len(data), config.eval_images), dry, bf16, compile)
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +62,7 @@ class Run:
 
     def ready(self, network: nn.Module) -> Callable:
         """The call of a network, in bf16 and with compiled blocks if asked for; weights and losses stay in float32."""
-        for module in network.modules() if self.config.compile else ():
+        for module in network.modules() if self.compile else ():
             for block in getattr(module, "blocks", ()):
                 block.compile()
         return torch.autocast(self.device.type, torch.bfloat16)(network.__call__) if self.bf16 else network
@@ -74,8 +75,10 @@ class Draws(SimpleNamespace):
         return Draws(**{name: values[rows] for name, values in vars(self).items()})
 
 
-def draw(run: Run, stage: str, step: int, batch: int, uniform: dict[str, tuple], normal: dict[str, tuple]) -> Draws:
+def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dict, shared: tuple[str, ...] = ()) -> Draws:
     """All random numbers of a step, {name: shape per image}: a function of (seed, stage, step), for the whole global batch.
+
+    Those that are `shared` are uniform, too, but one number for all images.
 
     Of these the process keeps its rows: so a resumed run equals an unbroken one, and the process count changes nothing.
     """
@@ -85,7 +88,9 @@ def draw(run: Run, stage: str, step: int, batch: int, uniform: dict[str, tuple],
     def rows_of(sample: Callable, shapes: dict[str, tuple]) -> dict[str, Tensor]:
         return {name: sample(batch, *shape, generator=generator, device=run.device)[rows] for name, shape in shapes.items()}
 
-    return Draws(**rows_of(torch.rand, uniform), **rows_of(torch.randn, normal))
+    draws = rows_of(torch.rand, uniform) | rows_of(torch.randn, normal)
+    one = rows_of(lambda batch, **where: torch.rand(1, **where).expand(batch), dict.fromkeys(shared, ()))
+    return Draws(**draws, **one)
 
 
 @torch.no_grad()
@@ -105,7 +110,8 @@ class State:
     def __init__(self, run: Run, stage: str, networks: dict, optimizers: dict, of: str = "", extra: dict | None = None):
         self.run, self.stage, self.optimizers, self.total = run, stage, optimizers, run.config.steps(stage)
         self.networks = {name: network for name, network in networks.items() if network is not None}
-        self.about = {"stage": stage, "of": of, "classes": list(run.data.classes), "data": run.data.stamp} | (extra or {})
+        self.about = {"stage": stage, "of": of, "of_steps": self.total, "classes": list(run.data.classes), "data": run.data.stamp}
+        self.about |= extra or {}
         self.step, self.parallels, self.warned = 0, [], False
         self.skipped = torch.zeros(3, device=run.device)  # non-finite steps: in all, in a row, most in a row since a line
         self.sums, self.shares, self.ends = {}, {}, []  # of the line to be logged; when each of its steps ended
@@ -223,7 +229,7 @@ def load_stage(run: Run, stage: str, of: str | None = None, finished: bool = Fal
             raise UserError(f"{path} does not exist; run the stage {stage} first")
         return None
     saved = load_checkpoint(path, CHECKPOINT | {"data": str, "of": str}, mmap=True)
-    now = {f.name: getattr(config, f.name) for f in fields(Config) if stage in f.metadata["fixes"].split()}
+    now = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["fixes"] in ("all", stage)}
     now |= {"classes": list(run.data.classes), "stage": stage}
     for name, value in now.items():
         then = (saved["config"] | {"classes": saved["classes"], "stage": saved["stage"]}).get(name)

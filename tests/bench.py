@@ -34,17 +34,16 @@ from PIL import Image, ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from align import DINO, TEACHERS
+from align import build_tokenizer
 from fid import frechet_distance, precision_recall, statistics
 from losses import DRAWS, Adversary
 from plumbing.data import ImageFolder, Latents, batch_indices, center_crop, image_tensor, loader, read_image
 from plumbing.inception import InceptionV3, inception_features, load_inception
 from plumbing.run import Parser, Processes, command_line, progress, write_text
 from plumbing.state import Run, peak_memory
-from plumbing.weights import OFFICIAL, load_lpips
+from plumbing.weights import OFFICIAL
 from recipes import PRESETS, parse_config
-from sit import SiT, sample, seeded_noise
-from tokenizer import Tokenizer
+from sit import GENERATORS, sample, seeded_noise
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +106,7 @@ def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float, flops: 
     """A stage's own loop for some steps: its time per step is the log's."""
     loop = train.train_sit if stage == "sit" else lambda run: train.train_on_images(run, stage)
     with tempfile.TemporaryDirectory() as out:
-        steps = {"tokenizer_steps": 12, "sit_steps": 40, "log_every": 4, "save_every": 0, "eval_every": 0, "out": out}
+        steps = {"tokenizer_steps": 12, "sit_steps": 40, "log_every": 4, "save_every": 0, "out": out}
         short = replace(run, config=replace(run.config, **steps), eval_items=run.eval_items[:2])
         if stage == "sit":
             make_latents(short, Path(out))
@@ -120,9 +119,9 @@ def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float, flops: 
 def make_latents(run: Run, out: Path) -> None:
     """Latents of random numbers, and a tokenizer that they seem to be of, for the stage sit alone."""
     config, count = run.config, len(run.train_items)
-    tokenizer = Tokenizer.from_config(vars(config)).eval()
+    tokenizer = build_tokenizer(vars(config)).eval()
     train.trained_tokenizer = lambda run: (tokenizer.to(run.device), "bench")
-    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(config.tokens, config.channels), (count,))
+    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(config.num_latents, config.channels), (count,))
     rows["mean"], rows["std"], rows["label"] = 0.5, 0.1, np.arange(count) % len(run.data.classes)
     rows.flush()
     zeros, ones = [0.0] * config.channels, [1.0] * config.channels
@@ -133,19 +132,17 @@ def bench_terms(run: Run, batch: int, peak: float) -> None:
     """What a step of the tokenizer consists of, one by one."""
     config, device, size = run.config, run.device, run.config.image_size
     images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    tokenizer = Tokenizer.from_config(vars(config)).to(device)
+    tokenizer = build_tokenizer(vars(config)).to(device)
     encode, decode = run.ready(tokenizer.encoder), run.ready(tokenizer.decoder)
     step = lambda: decode(encode(images, None).sample()).square().mean().backward()  # noqa: E731
     report("  encoder and decoder, both ways", step, batch, device, peak)
-    if config.uses_teacher:
-        grid = config.image_size // config.patch_size
-        teacher = train.load_frozen(run, TEACHERS[config.teacher](grid), config.teacher)
+    look = {name: run.ready(network) for name, network in train.frozen_networks(run, config).items()}
+    if teacher := look.get("teacher"):
         report("  teacher", lambda: teacher(images), batch, device, peak)
-    if config.perceptual_weight:
-        lpips = run.ready(load_lpips(config.weights, True).to(device))
+    if lpips := look.get("lpips"):
         report("  LPIPS", lambda: lpips(images.clone().requires_grad_(), images).mean().backward(), batch, device, peak)
-    if config.adversarial_weight:
-        eye, adversary = train.load_frozen(run, DINO(), "dino_vits16"), Adversary(384).to(device)
+    if eye := look.get("eye"):
+        adversary = Adversary(384).to(device)
         judge, u = run.ready(adversary), torch.rand(batch, 4, DRAWS, device=device)
         step = lambda: sum(judge(eye, images.clone().requires_grad_(), images, u, True)[:2]).backward()  # noqa: E731
         report("  discriminator's loss and the decoder's", step, batch, device, peak)
@@ -246,7 +243,7 @@ def main(arguments: list[str]) -> None:
     device, few = processes.device, 16
     batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
     changes = {"batch_size": batch, "sit_batch_size": sit_batch, "micro_batch": 0, "discriminator_start": 0, "workers": 0}
-    run = Run.open(replace(config, compile=args.compile, **changes), processes, dry=True)
+    run = Run.open(replace(config, **changes), processes, dry=True, compile=args.compile)
     config, peak = run.config, matmul_peak(device)
     print(f"{device.type}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:.0f} GFLOP/s, preset {args.preset}")
     print(f"{'':40} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
@@ -255,17 +252,17 @@ def main(arguments: list[str]) -> None:
 
     bench_loop(f"tokenizer {config.size} step, batch {batch}", run, "tokenizer", batch, peak, 0)
     bench_terms(run, batch, peak)
-    sit = SiT(config.tokens, config.channels, 10, config.sit).to(device)
-    x, y = torch.randn(sit_batch, config.tokens, config.channels, device=device), torch.arange(sit_batch, device=device) % 10
+    sit = GENERATORS[config.generator](config.num_latents, config.channels, 10, config.sit).to(device)
+    x, y = torch.randn(sit_batch, config.num_latents, config.channels, device=device), torch.arange(sit_batch, device=device) % 10
     velocity = run.ready(sit)
     flops = flops_of(lambda: velocity(x, torch.rand(len(x), device=device), y).square().mean().backward())
     bench_loop(f"sit {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak, flops)
 
-    tokenizer = Tokenizer.from_config(vars(config)).to(device).eval()
+    tokenizer = build_tokenizer(vars(config)).to(device).eval()
 
     @torch.no_grad()
     def sampling():
-        noise = seeded_noise(0, list(range(few)), (config.tokens, config.channels), device)
+        noise = seeded_noise(0, list(range(few)), (config.num_latents, config.channels), device)
         tokenizer.decode(sample(sit, noise, y[:few], 10, "sde", 10, 2.0).float())
 
     if sit_batch >= few:

@@ -2,9 +2,9 @@
 
     python tests/make_reference.py GOLDEN_FOLDER    # kept outside the repository
 
-The golden files hold outputs of DINO and DINOv2 (facebookresearch), timm, LPIPS, MAETok's SiT, REPA's samplers,
-scikit-image, pytorch-fid, torch-fidelity and ADM's evaluator on deterministic weights (tests/reference.py, `fill`). Only
-small parts are kept: one image per case, a stride over patch tokens.
+The golden files hold outputs of DINO and DINOv2 (facebookresearch), timm, LPIPS, MAETok (its SiT, HOG, masked training), DeTok,
+LightningDiT, REPA's samplers, scikit-image, pytorch-fid, torch-fidelity and ADM's evaluator on deterministic weights
+(tests/reference.py, `fill`). Only small parts are kept: one image per case, a stride over patch tokens.
 """
 
 import io
@@ -51,8 +51,28 @@ def fid_arrays(golden: Path) -> dict[str, np.ndarray]:
     return out
 
 
+def sibling_arrays(golden: Path) -> dict[str, np.ndarray]:
+    """Of MAETok, l-DeTok and LightningDiT; the large image as a PNG file."""
+    kept = {
+        "lightningdit2d_small": "x t y norm_probe after_block0 out rope_cos rope_sin pos_embed_init norm_probe_out",
+        "lightningdit1d_small": "x t y norm_probe after_block0 out norm_probe_out",
+        "lightningdit_loss": "x1 x0 t_normal model_output t x_t v_target mse_loss cos_loss total_loss",
+        "maetok_hog": "images_128 hog_128 noise_seed",
+        "maetok_masked_small": "mask hog_pred_every7th hog_target_every7th hog_loss hog_loss_alltokens",
+        "detok_small": "mask_ratio mask_scores posterior_noise tau latent_noise gamma train_moments train_latents"
+        " train_kl_per_sample",
+    }
+    out = {f"{name}/{key}": np.load(golden / f"{name}.npz")[key] for name, keys in kept.items() for key in keys.split()}
+    sampler = np.load(golden / "lightningdit_sampler.npz")  # unguided: hustvl guides three channels only
+    out |= {f"lightningdit_sampler/{key}": value for key, value in sampler.items() if "float32" not in key and "cfg4" not in key}
+    hog = np.load(golden / "maetok_hog.npz")
+    out["maetok_hog/images_256"] = png(hog["images_256"][0])
+    out["maetok_hog/hog_256_every7th"] = hog["hog_256"][:, ::7]
+    return out
+
+
 def main(golden: Path) -> None:
-    out = {}
+    out = sibling_arrays(golden)
     for name in ("dinov2_vits14", "dinov2_vits14_nonsquare", "dinov2_vits14_reg4_nonsquare", "dinov2_vits14_patch16"):
         arrays = np.load(golden / f"{name}.npz")
         out[f"{name}/image"] = first_image(arrays["x"])
@@ -85,7 +105,8 @@ def main(golden: Path) -> None:
     keys += ("fid_float64_eigh", "fid_small_float64_eigh", "fid_pytorchfid", "fid_small_pytorchfid")
     out |= {f"metrics_fid/{key}": fid[key] for key in keys}
     contracts = "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain vgg16-397923af lpips_v0.1_vgg"
-    for name in (*contracts.split(), "sit1d_small", "maetok_sit-xl-1_c32_l128"):
+    contracts += " sit1d_small maetok_sit-xl-1_c32_l128 lightningdit2d_small lightningdit1d_small lightningdit_xl-1_c32_16x16"
+    for name in contracts.split():
         contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
         out[f"contract/{name}"] = np.array(json.dumps(contract))
     np.savez_compressed(Path(__file__).with_name("reference.npz"), **out)

@@ -117,3 +117,64 @@ def succeed(script: str, *words: str, processes: int = 1) -> subprocess.Complete
     done = call(script, *words, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+PROCESS_COUNT_TOLERANCE = 1e-5
+
+
+def log_lines(out, stage):
+    """The lines of a stage by step; of a resumed run the last one of a step counts."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return list({line["step"]: line for line in lines if line["stage"] == stage and "loss" in line}.values())
+
+
+def same_weights(a, b, tolerance=0.0):
+    """Compare the tensors of two checkpoints, optimizer and moving average included."""
+
+    def compare(x, y):
+        assert type(x) is type(y)
+        if isinstance(x, dict):
+            assert x.keys() == y.keys()
+            [compare(x[key], y[key]) for key in x if key != "config"]
+        elif isinstance(x, list | tuple):
+            assert len(x) == len(y)
+            [compare(a, b) for a, b in zip(x, y)]
+        elif isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+        else:
+            assert x == y
+
+    from plumbing.run import load_checkpoint
+
+    compare(load_checkpoint(a), load_checkpoint(b))
+
+
+def close_weights(ours, theirs):
+    """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
+    for key, value in theirs.items():
+        if key == "weight" and value.ndim == 0:  # of the adversary: a ratio of gradients through VGG's max pools
+            torch.testing.assert_close(ours[key], value, atol=0, rtol=1e-2)
+            continue
+        acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
+        if key.endswith("attn.qkv.bias"):
+            acting.view(3, -1)[1] = False
+        torch.testing.assert_close(ours[key][acting], value[acting], atol=PROCESS_COUNT_TOLERANCE, rtol=0)
+
+
+KILL_AFTER_SAVE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+stage, save, batch = {stage!r}, train.State.save, train.to_float
+def save_then_die(self):
+    save(self)
+    if self.stage == stage and self.step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+def die_in_latents(run):
+    train.to_float = lambda images: os.kill(os.getpid(), signal.SIGKILL) if seen else seen.append(1) or batch(images)
+    return cache_latents(run)
+seen, cache_latents, train.State.save = [], train.cache_latents, save_then_die
+if stage == "latents":
+    train.cache_latents = die_in_latents
+train.main(sys.argv[1:])
+"""

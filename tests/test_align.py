@@ -1,14 +1,19 @@
+import io
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from reference import array, filled, imagenet_normalised
 from scipy.stats import rankdata
 
-from align import DINO, HOG, TEACHERS, VITS, Alignment, ViT, build_heads
+import align
+from align import DINO, HOG, TEACHERS, VITS, Alignment, CellHOG, ViT, build_heads, build_tokenizer
 from masking import similarity
 from plumbing.data import to_float
 from plumbing.shapes import Shapes
-from tokenizer import Mlp
+from tokenizer import Mlp, Point, Tokenizer
 
 
 def load(module, vit, weights):
@@ -101,13 +106,14 @@ def test_alignment_equals_the_equations_written_out():
     torch.manual_seed(0)
     module, z = Alignment(4, 16, 6), torch.randn(2, 3, 4)
     cls, patches = torch.randn(2, 6), torch.randn(2, 12, 6)
-    losses = module(z, (cls, patches), torch.ones(2, 12, dtype=torch.bool))
+    targets = {"teacher": (cls, patches)}
+    losses = module(z, targets, torch.ones(2, 12, dtype=torch.bool))
     repeated = torch.stack([z[:, n // 4] for n in range(12)], dim=1)  # eq. 3: each latent N / L = 4 times
     cosine = F.cosine_similarity(module.local_mlp(repeated), patches, dim=-1)
     torch.testing.assert_close(losses["local"], 1 - cosine.mean())
     expected = 1 - F.cosine_similarity(module.global_mlp(z.mean(1)), cls, dim=-1).mean()
     torch.testing.assert_close(losses["global"], expected)
-    assert losses.keys() == {"local", "global"} and losses == module(z, (cls, patches))  # the mask is of no matter
+    assert losses.keys() == {"local", "global"} and losses == module(z, targets)  # the mask is of no matter
     assert isinstance(module.local_mlp, Mlp) and 0 <= losses["local"] <= 2
 
 
@@ -115,7 +121,7 @@ def test_alignment_can_be_learned_to_zero():
     torch.manual_seed(0)
     module = Alignment(4, 64, 6)
     z = torch.randn(4, 3, 4, requires_grad=True)
-    targets = torch.randn(4, 6), torch.randn(4, 3, 6)
+    targets = {"teacher": (torch.randn(4, 6), torch.randn(4, 3, 6))}
     optimizer = torch.optim.Adam([z, *module.parameters()], lr=1e-2)
     for _ in range(300):
         loss = sum(module(z, targets).values())
@@ -125,17 +131,107 @@ def test_alignment_can_be_learned_to_zero():
     assert loss < 0.1
 
 
+NONE = dict.fromkeys(("local", "global", "features", "hog", "preservation"), 0.0)
+
+
+def tokenizer(**changes) -> Tokenizer:
+    return Tokenizer(**{"image_size": 16, "patch_size": 4, "tokens": 4, "channels": 3, "size": "toy"} | changes)
+
+
 def test_heads_are_those_with_a_weight_at_the_teachers_width_and_act_as_one():
-    z, targets = torch.randn(2, 3, 4), (torch.randn(2, 11), torch.randn(2, 12, 11))
-    assert build_heads({"local": 0.0, "global": 0.0}, 4, 16, HOG(2))(z, targets) == {}
-    for weights in ({"local": 1.0, "global": 0.0}, {"local": 0.0, "global": 1.0}):
-        heads = build_heads(weights, 4, 16, HOG(2))
-        assert heads(z, targets) == heads[0](z, targets) and list(heads.parameters())
-    heads.append(other := torch.nn.Module())
-    other.forward = lambda z, targets, mask: {"hidden": mask.float().mean()}
-    merged = heads(z, targets, torch.ones(2, 12, dtype=torch.bool))
-    assert merged == heads[0](z, targets) | {"hidden": 1}
+    made, z, mask = tokenizer(), torch.randn(2, 4, 3), torch.ones(2, 16, dtype=torch.bool)
+    teachers, images = {"teacher": HOG(4), "hog": CellHOG(4, 4)}, torch.rand(2, 3, 16, 16) * 2 - 1
+    targets = {name: teacher(images) for name, teacher in teachers.items()} | {"before": Point(torch.zeros_like(z))}
+    assert build_heads(NONE, made, teachers)(z, targets, mask) == {}
+    together = build_heads(dict.fromkeys(NONE, 1.0), made, teachers)(z, targets, mask)
+    assert together.keys() == NONE.keys() and all(loss.ndim == 0 and loss > 0 for loss in together.values())
+    for term in NONE:
+        alone = build_heads(NONE | {term: 1.0}, made, teachers)(z, targets, mask)
+        assert alone.keys() == ({"local", "global"} if term in ("local", "global") else {term})
     for name, width in (("dinov2_vits14", 384), ("dinov2_vitl14_reg", 1024)):
         with torch.device("meta"):
-            local = build_heads({"local": 1.0, "global": 1.0}, 4, 16, TEACHERS[name](2))[0].local_mlp
-        assert (local.fc1.in_features, local.fc1.out_features, local.fc2.out_features) == (4, 16, width)
+            head = build_heads(NONE | {"local": 1.0, "features": 1.0}, made, {"teacher": TEACHERS[name](2)})
+        local, decoder = head[0].local_mlp, head[1].decoder
+        assert (local.fc1.in_features, local.fc1.out_features, local.fc2.out_features) == (3, 128, width)
+        assert (decoder.to_patches.out_features, len(decoder.blocks)) == (width, 3)
+
+
+def test_a_feature_decoder_has_the_published_width_at_b():
+    with torch.device("meta"):
+        made = Tokenizer(256, 16, 128, 32, "B")
+        decoder = build_heads(NONE | {"hog": 1.0}, made, {"hog": CellHOG(16, 16)})[0].decoder
+    assert (decoder.norm.normalized_shape, decoder.blocks[0].attn.heads, decoder.to_patches.out_features) == ((192,), 3, 108)
+
+
+def test_the_feature_loss_is_of_hidden_patches_only():
+    prediction, target = torch.randn(3, 16, 5), torch.randn(3, 16, 5)
+    mask = torch.arange(16).expand(3, 16) < torch.tensor([[4], [0], [16]])  # 4, no, all patches hidden
+    loss = align.masked_mse(prediction, target, mask)
+    error = (prediction - target).square()
+    torch.testing.assert_close(loss, (error[0, :4].mean() + error[2].mean()) / 3)
+    changed = torch.where(mask[..., None], target, 99.0)
+    assert align.masked_mse(prediction, changed, mask) == loss
+    assert align.masked_mse(prediction, target, mask & ~mask) == 0
+
+
+def test_the_feature_loss_has_the_reduction_of_maetoks():
+    """The reference keeps every 7th patch, its losses are of all: so they are only close."""
+    names = ("hog_pred_every7th", "hog_target_every7th", "mask", "hog_loss", "hog_loss_alltokens")
+    prediction, target, mask, hidden, everywhere = (array(f"maetok_masked_small/{name}") for name in names)
+    mask = mask[:, ::7].bool()
+    assert align.masked_mse(prediction, target, mask).item() == pytest.approx(hidden.item(), rel=0.01)
+    assert align.masked_mse(prediction, target, mask | True).item() == pytest.approx(everywhere.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("size, patch", [(128, 8), (256, 16)])
+def test_cell_hog_equals_maetoks(size, patch, monkeypatch):
+    monkeypatch.setattr(align, "check_range", lambda images: None)  # the reference's noise leaves it
+    pixels, every = array(f"maetok_hog/images_{size}"), 7 if size == 256 else 1
+    if size == 256:  # kept as a PNG file
+        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(pixels.numpy().tobytes()))))[None]
+    noise = np.random.default_rng(int(array("maetok_hog/noise_seed")) + size).standard_normal((len(pixels), 3, size, size))
+    x = (pixels.double() / 127.5 - 1).permute(0, 3, 1, 2).float() + 0.02 * torch.from_numpy(noise.astype(np.float32))
+    teacher = CellHOG(16, patch)
+    mean, patches = teacher(x)
+    expected = array(f"maetok_hog/hog_{size}_every7th" if size == 256 else f"maetok_hog/hog_{size}")
+    assert patches.shape == (len(x), 256, teacher.width) and teacher.width == (108 if size == 256 else 27)
+    torch.testing.assert_close(patches[:, ::every], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mean, patches.mean(1))
+
+
+CONFIG = {"image_size": 16, "patch_size": 4, "tokens": 0, "channels": 5, "size": "toy", "posterior": "point", "teacher": "hog"}
+
+
+def test_a_larger_dict_makes_a_tokenizer():
+    made = build_tokenizer(CONFIG | {"tokens": 4, "encoder_init": "none", "lr": 1.0, "sit": "XL"})
+    assert (made.num_patches, made.tokens, made.channels, made.encoder.posterior) == (16, 4, 5, Point)
+    with pytest.raises(KeyError, match="posterior"):
+        build_tokenizer({key: value for key, value in CONFIG.items() if key != "posterior"})
+
+
+@pytest.mark.parametrize("teacher", ["hog", "dinov2_vits14"])
+def test_a_teacher_is_the_encoder_with_an_adapter(teacher):
+    made, images = build_tokenizer(CONFIG | {"encoder_init": "teacher", "teacher": teacher}), torch.rand(2, 3, 16, 16) * 2 - 1
+    encoder = made.encoder
+    z = encoder.to_moments(encoder.adapter(encoder.teacher(images)[1]))
+    reconstruction, posterior, _ = made(images)
+    assert made.has_grid and isinstance(posterior, Point) and reconstruction.shape == images.shape
+    torch.testing.assert_close(posterior.mean, z)
+    mask = torch.arange(16).expand(2, 16) == 5
+    grey = images.clone()
+    grey[:, :, 4:8, 4:8] = 0
+    torch.testing.assert_close(made.encode(images, mask).mean, made.encode(grey).mean)
+    with pytest.raises(ValueError, match="cannot be dropped"):
+        encoder(images, mask, drop=True)
+    reconstruction.square().mean().backward()
+    learned = {name for name, p in made.named_parameters() if p.grad is not None and p.grad.any()}
+    frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
+    assert frozen == ({"encoder.teacher.vit.mask_token"} if teacher != "hog" else set())
+    assert any(name.startswith("encoder.teacher") for name in learned) == (teacher != "hog")
+
+
+def test_preservation_is_the_squared_distance_from_the_latents_before():
+    z, before = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    loss = align.Preservation()(z, {"before": Point(before)})["preservation"]
+    torch.testing.assert_close(loss, (z - before).square().mean())
+    assert align.Preservation()(z, {"before": Point(z)})["preservation"] == 0

@@ -314,7 +314,7 @@ def test_checkpoints_refuse_pickled_code_truncation_and_absence(tmp_path):
 
 
 def test_a_checkpoint_must_have_its_keys_with_their_types(tmp_path):
-    path, whole = tmp_path / "x.pt", {"stage": "sit", "step": 3, "config": {}, "classes": [], "ema": {}}
+    path, whole = tmp_path / "x.pt", {"stage": "sit", "step": 3, "of_steps": 4, "config": {}, "classes": [], "ema": {}}
     save_checkpoint(whole, path)
     assert load_checkpoint(path, CHECKPOINT, mmap=True) == whole
     lacking = [{name: value for name, value in whole.items() if name != key} for key in whole]

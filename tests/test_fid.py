@@ -17,13 +17,13 @@ from reference import ARRAYS, ENV, FID_ARRAYS, ROOT, array, call, command, low_r
 from torch import nn
 
 import fid
+from align import build_tokenizer
 import sample
 from plumbing.data import ImageFolder, list_images, split, stamp_of, to_float
 from plumbing.inception import inception_features, inception_input, load_inception
 from plumbing.run import UserError, command_line, file_hash, save_checkpoint, state_hash
 from plumbing.weights import OFFICIAL, load_lpips
 from sit import SiT
-from tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -562,13 +562,13 @@ def test_every_command_has_help_and_seeds_have_bounds(capsys):
 
 
 CONFIG = {"image_size": 16, "patch_size": 4, "tokens": 4, "channels": 4, "size": "toy", "posterior": "gaussian", "sit": "toy"}
-CONFIG |= {"data": "", "eval_images": 4, "tokenizer_steps": 20, "decoder_steps": 20, "sit_steps": 20}
+CONFIG |= {"data": "", "eval_images": 4, "encoder_init": "none", "generator": "sit"}
 
 
 def save_stage(root, stage, step, **networks):
     """A checkpoint as train.py leaves it, of untrained networks."""
     states = {name: network.state_dict() for name, network in networks.items()}
-    about = {"config": CONFIG, "classes": ["class0", "class1"], "stage": stage, "step": step}
+    about = {"config": CONFIG, "classes": ["class0", "class1"], "stage": stage, "step": step, "of_steps": 20}
     save_checkpoint(about | states, root / f"{stage}.pt")
 
 
@@ -577,7 +577,7 @@ def tiny_run(tmp_path_factory):
     """A run with an untrained tokenizer of 16-px images, and a folder of 24 images in 2 classes."""
     root = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    save_stage(root, "tokenizer", 20, ema=Tokenizer.from_config(CONFIG))
+    save_stage(root, "tokenizer", 20, ema=build_tokenizer(CONFIG))
     make_folder(root / "images", 2, 12)
     return root
 
@@ -660,7 +660,7 @@ def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path, capsys):
 
 
 def test_a_run_is_its_latest_stage_with_a_decoder_of_the_same_encoder(tmp_path, capsys):
-    first, other = Tokenizer.from_config(CONFIG), Tokenizer.from_config(CONFIG)
+    first, other = build_tokenizer(CONFIG), build_tokenizer(CONFIG)
     tuned = deepcopy(first)
     tuned.decoder.load_state_dict(other.decoder.state_dict())
     tuned.latent_mean += 1  # SiT knows the latents of its own checkpoint

@@ -192,7 +192,8 @@ def learn(painter, data, adversary=None, eye=None, lpips=None, fool=False, rows=
         judgement, fooled, logs = adversary(eye, pixels, images, u, fool)
     if fool:
         (against,) = torch.autograd.grad(fooled, pixels)
-        slope = slope + WEIGHTS["adversarial"] * adversary.balanced(reconstruction, painter.last.weight, slope, against)
+        weight = adversary.weigh(painter.last.weight, (reconstruction, slope), (reconstruction, against))
+        slope = slope + WEIGHTS["adversarial"] * weight * against
     rest = total({"rest": painter.code[rows].square().mean()}, WEIGHTS)
     backward(reconstruction, slope, [rest, judgement], share)
     return terms | logs

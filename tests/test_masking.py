@@ -1,7 +1,9 @@
 import pytest
 import torch
+from reference import array
 
 import masking
+from tokenizer import Gaussian
 
 
 def uniform(*shape, seed=0):
@@ -13,6 +15,8 @@ def test_ratio_is_a_clipped_uniform():
     assert ratio.min() == 0 and 0.69 < ratio.max() < 0.7
     assert abs((ratio == 0).float().mean() - 0.1 / 0.8) < 0.005  # U(-0.1, 0.7) is negative in one case of eight
     assert abs(ratio[ratio > 0].mean() - 0.35) < 0.005
+    between = masking.mask_ratio(uniform(100_000), 0.6, 0.4)  # MAETok's range
+    assert 0.4 <= between.min() < 0.401 and 0.599 < between.max() <= 0.6 and abs(between.mean() - 0.5) < 0.001
 
 
 def test_random_mask_hides_exactly_round_mn_patches_evenly():
@@ -65,3 +69,29 @@ def test_hidden_latents_are_zero_whole_tokens_and_the_others_stay():
     hidden = masking.hide_latents(z, torch.tensor([0.0, 0.25, 0.5, 1.0]), uniform(4, 64))
     zero = (hidden == 0).all(-1)
     assert zero.sum(1).tolist() == [0, 2, 4, 8] and torch.equal(hidden[~zero], z[~zero])
+
+
+def test_noise_on_latents_interpolates_per_image_and_gamma_scales_it():
+    z, noise, tau = torch.randn(3, 5, 2), torch.randn(3, 5, 2), torch.tensor([0.0, 0.25, 1.0])
+    noised = masking.noise_latents(z, tau, noise, gamma=3.0)
+    assert torch.equal(noised[0], z[0])
+    torch.testing.assert_close(noised[1], 0.75 * z[1] + 0.75 * noise[1])
+    torch.testing.assert_close(noised[2], 3 * noise[2])
+    torch.testing.assert_close(masking.noise_latents(z, tau, noise, 0.0), (1 - tau)[:, None, None] * z)
+
+
+def test_noised_latents_equal_detoks():
+    """Both noises act: the posterior's and that of tau, one number per image."""
+    name = "detok_small"
+    posterior = Gaussian.of(array(f"{name}/train_moments"))
+    z = posterior.sample(array(f"{name}/posterior_noise"))
+    tau, noise = array(f"{name}/tau").flatten(), array(f"{name}/latent_noise")
+    noised = masking.noise_latents(z, tau, noise, float(array(f"{name}/gamma")))
+    torch.testing.assert_close(noised, array(f"{name}/train_latents"), atol=5e-5, rtol=0)
+    torch.testing.assert_close(posterior.kl().sum(1), array(f"{name}/train_kl_per_sample"), atol=0, rtol=1e-5)
+    # Of 64 patches 29 are kept at this ratio: DeTok rounds the kept up, we round the hidden.
+    m, scores = array(f"{name}/mask_ratio").float().expand(2), array(f"{name}/mask_scores")
+    kept = ~masking.random_mask(m, scores)
+    assert abs(int(kept[0].sum()) - z.shape[1]) <= 1
+    order = scores.argsort(1)[:, : int(kept[0].sum())]
+    assert kept.gather(1, order).all()  # those of the smallest scores, in both

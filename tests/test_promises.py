@@ -101,7 +101,7 @@ def test_lost_latents_are_made_again_and_not_called_done(run, tmp_path, capsys):
 def test_result_json_says_how_it_came_about(run):
     root, _ = run
     result = json.loads((root / "out" / "result.json").read_text())
-    expected = {"seed": 0, "solver": "sde", "steps": 10, "guidance": 3.0, "interval": [0.0, 0.7]}
+    expected = {"seed": 0, "solver": "sde", "steps": 10, "guidance": 3.0, "interval": [0.0, 0.7], "shift": 1.0}
     assert result["sit"]["sampler"] == expected
     made_by = result["tokenizer"]["made_by"]
     assert made_by["command"][0] == "train.py" and made_by["recipe"] == "kl" and made_by["preset"] == "toy"

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import array, filled, imagenet_normalised
 
 import tokenizer as tk
@@ -17,13 +18,16 @@ def test_sizes_are_the_papers_within_4_percent(size, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
 
 
+@pytest.mark.parametrize("tokens", [4, 0])
 @pytest.mark.parametrize("posterior", tk.POSTERIORS)
-def test_shapes_and_gradients_reach_every_parameter(posterior):
-    model = toy(posterior=posterior).train()
+def test_shapes_and_gradients_reach_every_parameter(posterior, tokens):
+    """With tokens = 0 the latents lie on the grid of the 16 patches."""
+    model, count = toy(posterior=posterior, tokens=tokens).train(), tokens or 16
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     reconstruction, q, z = model(images, torch.eye(16, dtype=torch.bool)[:2])
-    assert reconstruction.shape == images.shape and z.shape == q.mean.shape == q.std.shape == (2, 4, 3)
-    assert isinstance(q, tk.POSTERIORS[posterior]) and q.kl().shape == (2, 4)
+    assert reconstruction.shape == images.shape and z.shape == q.mean.shape == q.std.shape == (2, count, 3)
+    assert isinstance(q, tk.POSTERIORS[posterior]) and q.kl().shape == (2, count)
+    assert model.tokens == count and model.has_grid == (tokens == 0)
     (reconstruction.square().mean() + q.kl().mean()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -47,7 +51,7 @@ def test_output_patches_lie_where_input_patches_lie():
     model = toy().eval()
     z = torch.randn(1, 4, 3)
     before = model.decode(z)
-    model.decoder.to_pixels.register_forward_hook(lambda module, inputs, out: out + torch.eye(16)[5][None, :, None])
+    model.decoder.to_patches.register_forward_hook(lambda module, inputs, out: out + torch.eye(16)[5][None, :, None])
     moved = (model.decode(z) - before)[0, 0]
     expected = torch.zeros(16, 16)
     expected[4:8, 4:8] = 1
@@ -97,20 +101,64 @@ def test_normalize_round_trip():
 
 
 @pytest.mark.parametrize(
-    "changes, named", [({"tokens": 5}, "5"), ({"patch_size": 5}, "5"), ({"size": "huge"}, "huge"), ({"channels": 0}, "0")]
+    "changes, named", [({"tokens": -5}, "-5"), ({"patch_size": 5}, "5"), ({"size": "huge"}, "huge"), ({"channels": 0}, "0")]
 )
 def test_impossible_geometry_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
         toy(**changes)
 
 
-def test_a_larger_dict_makes_a_tokenizer():
-    own = {"image_size": 24, "patch_size": 4, "tokens": 9, "channels": 5, "size": "toy", "posterior": "point"}
-    made = tk.Tokenizer.from_config(own | {"lr": 1.0, "sit": "XL"})
-    assert (made.num_patches, made.tokens, made.channels, made.encoder.posterior) == (36, 9, 5, tk.Point)
-    made.load_state_dict(tk.Tokenizer(**own).state_dict())
-    with pytest.raises(KeyError, match="posterior"):
-        tk.Tokenizer.from_config({key: value for key, value in own.items() if key != "posterior"})
+def test_latents_of_the_grid_lie_where_their_patches_lie():
+    """Without blocks to mix them, patch 5's pixels decide latent 5 and nothing else, and that the pixels of patch 5."""
+    model, images = toy(tokens=0), torch.rand(1, 3, 16, 16) * 2 - 1
+    model.encoder.blocks = model.decoder.blocks = torch.nn.ModuleList()
+    changed = images.clone()
+    changed[:, :, 4:8, 4:8] = 0.5
+    before, after = (model.encode(x).mean for x in (images, changed))
+    assert (before != after).any(-1)[0].tolist() == [n == 5 for n in range(16)]
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[4:8, 4:8] = True
+    assert torch.equal((model.decode(before) != model.decode(after))[0].any(0), expected)
+
+
+def drop(model: tk.Tokenizer, images: torch.Tensor, mask: torch.Tensor):
+    return model.encoder(images, mask, drop=True)
+
+
+def test_a_dropped_patch_is_not_seen_and_its_latent_is_the_prior():
+    model, images = toy(tokens=0), torch.rand(2, 3, 16, 16) * 2 - 1
+    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)).argsort(1) < 6  # six patches of each image
+    hidden = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    posterior, other = drop(model, images, mask), drop(model, images.masked_fill(hidden, 0.3), mask)
+    assert torch.equal(posterior.mean, other.mean) and torch.equal(posterior.logvar, other.logvar)
+    assert not posterior.mean[mask].any() and not posterior.logvar[mask].any() and not posterior.kl()[mask].any()
+    assert posterior.mean[~mask].all() and posterior.kl()[~mask].all()
+    torch.testing.assert_close(drop(model, images, mask & ~mask).mean, model.encode(images).mean)  # none dropped
+    with pytest.raises(RuntimeError):
+        drop(model, images, torch.tensor([[True] * 3 + [False] * 13, [True] * 2 + [False] * 14]))  # uneven counts
+
+
+def test_dropping_equals_a_mask_over_attention():
+    """The visible patches' latents are those of blocks in which nobody attends to the dropped ones."""
+    model, images = toy(tokens=0), torch.rand(2, 3, 16, 16) * 2 - 1
+    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)).argsort(1) < 7
+
+    def attend(q, k, v, plain=F.scaled_dot_product_attention):
+        return plain(q, k, v, attn_mask=~mask[:, None, None])
+
+    expected = drop(model, images, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tk.F, "scaled_dot_product_attention", attend)
+        masked = model.encode(images)
+    torch.testing.assert_close(masked.mean[~mask], expected.mean[~mask])
+
+
+def test_the_decoder_does_not_see_the_latent_of_a_dropped_patch():
+    model, z = toy(tokens=0), torch.randn(2, 16, 3)
+    mask = torch.arange(16).expand(2, 16) % 4 == 0
+    copies = model.decoder(z, mask)
+    assert torch.equal(copies, model.decoder(z.masked_fill(mask[..., None], 9.0), mask))
+    assert not torch.allclose(copies, model.decoder(z))
 
 
 def test_dinov2_initialised_encoder_equals_timm_at_patch_16():

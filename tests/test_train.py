@@ -8,12 +8,29 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ENV, ROOT, TINY, TINY_STEPS, call, command, filled, make_folder, official_folder, succeed
+from reference import (
+    ENV,
+    KILL_AFTER_SAVE,
+    PROCESS_COUNT_TOLERANCE,
+    ROOT,
+    TINY,
+    TINY_STEPS,
+    call,
+    close_weights,
+    command,
+    filled,
+    log_lines,
+    make_folder,
+    official_folder,
+    same_weights,
+    succeed,
+)
 
 import losses
 import recipes
@@ -23,20 +40,6 @@ from plumbing import state
 from plumbing.data import Latents
 from plumbing.run import Processes, UserError, command_line, file_hash, load_checkpoint
 from plumbing.weights import OFFICIAL
-
-PROCESS_COUNT_TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("data") / "images", 3, 30)
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """Files of the official formats with generated contents."""
-    files = ("dinov2_vits14_pretrain", "dinov2_vits14_reg4_pretrain", "dino_deitsmall16_pretrain")
-    return official_folder(tmp_path_factory.mktemp("weights"), *files, "vgg16-397923af", "lpips_v0.1_vgg")
 
 
 @pytest.fixture(scope="session")
@@ -57,31 +60,6 @@ def finished(whole, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     succeed("train.py", whole, f"--out {out}")
     return out
-
-
-def log_lines(out, stage):
-    """The lines of a stage by step; of a resumed run the last one of a step counts."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return list({line["step"]: line for line in lines if line["stage"] == stage and "loss" in line}.values())
-
-
-def same_weights(a, b, tolerance=0.0):
-    """Compare the tensors of two checkpoints, optimizer and moving average included."""
-
-    def compare(x, y):
-        assert type(x) is type(y)
-        if isinstance(x, dict):
-            assert x.keys() == y.keys()
-            [compare(x[key], y[key]) for key in x if key != "config"]
-        elif isinstance(x, list | tuple):
-            assert len(x) == len(y)
-            [compare(a, b) for a, b in zip(x, y)]
-        elif isinstance(x, torch.Tensor):
-            torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
-        else:
-            assert x == y
-
-    compare(load_checkpoint(a), load_checkpoint(b))
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -111,7 +89,7 @@ def test_the_decoder_stage_goes_on_with_the_discriminator(finished, whole):
     """Its weights, moving averages and adaptive weight are those of tokenizer.pt."""
     config, _ = recipes.parse_config([*whole.split(), "--out", str(finished)])
     run = state.Run.open(config, Processes(0, 1, torch.device("cpu")))
-    adversary, tokenizer = losses.Adversary(384), train.Tokenizer.from_config(dataclasses.asdict(config))
+    adversary, tokenizer = losses.Adversary(384), train.build_tokenizer(dataclasses.asdict(config))
     steps, _ = train.start_from(run, "decoder", tokenizer, adversary)
     saved = load_checkpoint(finished / "tokenizer.pt")
     assert steps == 20 and all(torch.equal(value, saved["adversary"][key]) for key, value in adversary.state_dict().items())
@@ -130,42 +108,11 @@ def test_latent_statistics_are_those_of_the_latents(finished):
     assert sorted(set(labels.tolist())) == [0, 1, 2]
 
 
-def close_weights(ours, theirs):
-    """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
-    for key, value in theirs.items():
-        if key == "weight" and value.ndim == 0:  # of the adversary: a ratio of gradients through VGG's max pools
-            torch.testing.assert_close(ours[key], value, atol=0, rtol=1e-2)
-            continue
-        acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
-        if key.endswith("attn.qkv.bias"):
-            acting.view(3, -1)[1] = False
-        torch.testing.assert_close(ours[key][acting], value[acting], atol=PROCESS_COUNT_TOLERANCE, rtol=0)
-
-
-KILL_AFTER_SAVE = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train
-stage, save, batch = {stage!r}, train.State.save, train.to_float
-def save_then_die(self):
-    save(self)
-    if self.stage == stage and self.step == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-def die_in_latents(run):
-    train.to_float = lambda images: os.kill(os.getpid(), signal.SIGKILL) if seen else seen.append(1) or batch(images)
-    return cache_latents(run)
-seen, cache_latents, train.State.save = [], train.cache_latents, save_then_die
-if stage == "latents":
-    train.cache_latents = die_in_latents
-train.main(sys.argv[1:])
-"""
-
-
 def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, whole, tmp_path):
     """kill -9 after step 10 of each stage in turn (in the middle of writing the latents), then the same command again."""
     out = tmp_path / "broken"
     arguments = command("train.py", whole, f"--out {out}")[2:]
-    for stage in (*recipes.STAGES, "latents", "sit"):
+    for stage in ("tokenizer", "decoder", "latents", "sit"):
         script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=ENV)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -229,7 +176,7 @@ def test_a_longer_decoder_stage_reaches_the_samples(finished, tmp_path):
     """sit.pt holds the tokenizer of its time; sample.py takes the decoder that was trained last."""
     out = copy_run(finished, tmp_path)
     decoder = load_checkpoint(out / "decoder.pt")
-    decoder["ema"]["decoder.to_pixels.bias"] += 100
+    decoder["ema"]["decoder.to_patches.bias"] += 100
     torch.save(decoder, out / "decoder.pt")
     succeed("sample.py", f"{out} --npz 2 --steps 2")
     assert np.load(out / "samples.npz")["arr_0"].min() == 255
@@ -371,20 +318,23 @@ def test_every_field_tells_its_source_and_its_bounds():
     for field in dataclasses.fields(recipes.Config):
         about = field.metadata
         assert about["help"] and about["source"].split()[0].rstrip(":;") in ("paper", "config", "ours"), field.name
-        assert set(about["fixes"].split()) <= {"tokenizer", "decoder", "sit"}
+        assert about["fixes"] in ("all", "decoder", "sit", "")
         if field.type in (int, float):
             assert about["least"] is not None and about["least"] <= field.default <= about["most"], field.name
-    assert len(dataclasses.fields(recipes.Config)) <= 40
+    assert len(dataclasses.fields(recipes.Config)) <= 44
 
 
 def test_stages_and_recipes_are_dicts_of_fields():
     names = {field.name for field in dataclasses.fields(recipes.Config)}
-    for values in (*recipes.RECIPES.values(), *recipes.PRESETS.values()):
+    dicts = (recipes.PRESETS, recipes.RECIPES, recipes.FULL_RECIPES, recipes.FULL_GENERATORS)
+    stages = [stage for each in recipes.STAGES.values() for stage in each.values()]
+    for values in (*chain(*(each.values() for each in dicts)), *(stage.changes for stage in stages)):
         assert values.keys() <= names
+    assert recipes.RECIPES.keys() == recipes.FULL_RECIPES.keys() == recipes.STAGES.keys() == set(recipes.METHODS)
     config, _ = recipes.parse_config("--lr 0.5 --mask random".split())
     decoder = config.at("decoder")
-    assert (decoder.lr, decoder.mask, decoder.learn, decoder.kl_weight, decoder.uses_teacher) == (0.05, "none", "decoder", 0, False)
-    assert config.at("tokenizer") == config
+    assert (decoder.lr, decoder.mask, decoder.kl_weight, decoder.uses_teacher) == (0.05, "none", 0, False)
+    assert config.at("tokenizer") == config and config.stages["decoder"].learns == ("decoder.",)
     baseline, _ = recipes.parse_config("--recipe kl --local_weight 0.3".split())  # flags win
     assert (baseline.mask, baseline.local_weight, baseline.global_weight, baseline.kl_weight) == ("none", 0.3, 0.0, 1e-6)
 
@@ -505,7 +455,7 @@ BAD = [  # what is said on the command line, what the sentence must name
     ("--learning_rat 3", "unrecognized arguments: --learning_rat 3"),
     ("--token 3", "did you mean --tokens"),
     ("--tokens 7", "7"),
-    ("--tokens 0", "0"),
+    ("--tokens -1", "--tokens: is -1"),
     ("--image_size 30 --patch_size 4", "30"),
     ("--tokenizer_steps 0", "--tokenizer_steps: is 0; it must be at least 1"),
     ("--sit_steps -1", "--sit_steps: is -1"),
@@ -644,7 +594,7 @@ def test_speed_leaves_out_saving_and_evaluation(images, tmp_path, monkeypatch):
 
 
 def test_pictures_come_with_the_first_evaluation(images, tmp_path):
-    steps = "--tokenizer_steps 6 --eval_every 2 --stage tokenizer"
+    steps = "--tokenizer_steps 6 --save_every 2 --stage tokenizer"
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         write = train.show.write_image
