@@ -11,6 +11,7 @@ in as arguments: `eye(images)` gives a list of feature maps (B, D, h, w).
     python -c "import torch, losses; x = torch.zeros(2, 3, 64, 64); print(losses.LPIPS()(x, x))"
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,7 @@ CONSISTENCY_WEIGHT = 4.0  # of the discriminator's consistency loss (paper B.1)
 LECAM_WEIGHT = 0.001  # (paper B.1)
 LECAM_DECAY = 0.999  # of its moving averages (config: SoftVQ-VAE)
 MAX_ADAPTIVE_WEIGHT = 100.0  # (ours)
-
-Eye = Callable[[Tensor], list[Tensor]]
+DRAWS = 7  # uniform numbers that an augmentation of one image takes
 
 
 class LPIPS(nn.Module):
@@ -32,22 +32,16 @@ class LPIPS(nn.Module):
     to `images` only.
     """
 
-    CONVS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # a max pool between the groups
-
     def __init__(self):
         super().__init__()
-        layers, channels, self.taps = [], 3, []
-        for group in self.CONVS:
-            layers += [nn.MaxPool2d(2)] if layers else []
-            for width in group:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-                channels = width
-            self.taps.append(len(layers) - 1)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        layers, channels = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):  # 0: a max pool
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else [nn.MaxPool2d(2)]
+            channels = width or channels
         self.vgg = nn.ModuleDict({"features": nn.Sequential(*layers)})
-        kernels = [nn.Conv2d(group[-1], 1, 1, bias=False) for group in self.CONVS]
-        self.linear = nn.ModuleDict(
-            {f"lin{i}": nn.ModuleDict({"model": nn.Sequential(nn.Identity(), k)}) for i, k in enumerate(kernels)}
-        )
+        self.taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: their widths
+        parts = [nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False)) for width in self.taps.values()]
+        self.linear = nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": part}) for i, part in enumerate(parts)})
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
 
@@ -60,39 +54,33 @@ class LPIPS(nn.Module):
                 found.append(x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10))
         return found
 
-    def layers(self, images: Tensor, targets: Tensor) -> Tensor:
-        """-> (B, 5): the weighted squared distance per layer, averaged over positions."""
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
             references = self.features(targets)
-        terms = []
+        distance = 0  # weighted and squared, summed over the layers, averaged over positions
         for part, a, b in zip(self.linear.values(), self.features(images), references):
             weight = part["model"][1].weight[0].float()  # (C, 1, 1)
-            terms.append((weight * (a - b).square()).sum(1).mean((1, 2)))
-        return torch.stack(terms, dim=1)
-
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        return self.layers(images, targets).sum(1)
+            distance = distance + (weight * (a - b).square()).sum(1).mean((1, 2))
+        return distance
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution of the same size whose kernel is divided by its largest singular value u W v (Miyato et al. 2018)."""
+    """A convolution of the same size whose kernel W is divided by its largest singular value |W^T u| (Miyato et al. 2018)."""
 
     def __init__(self, channels: int, out: int, kernel: int):
         super().__init__(channels, out, kernel, padding=kernel // 2)
         self.register_buffer("u", torch.randn(out))
-        self.register_buffer("v", torch.randn(channels * kernel**2))
         for _ in range(15):
             self.refine()
 
     @torch.no_grad()
     def refine(self) -> None:
-        """One power iteration: u and v move towards the first singular vectors of the kernel."""
+        """One power iteration: u moves towards the first singular vector of the kernel."""
         matrix = self.weight.flatten(1)
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+        self.u.copy_(F.normalize(matrix @ F.normalize(matrix.T @ self.u, dim=0), dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = self.u @ self.weight.flatten(1) @ self.v
+        largest = (self.u @ self.weight.flatten(1)).norm()
         return F.conv2d(x, self.weight / largest, self.bias, padding=self.padding)
 
 
@@ -152,9 +140,6 @@ def lecam_loss(real: Tensor, fake: Tensor, averages: Tensor) -> Tensor:
     return F.relu(real - averages[1]).square().mean() + F.relu(averages[0] - fake).square().mean()
 
 
-DRAWS = 7  # uniform numbers that an augmentation of one image takes
-
-
 def diff_augment(images: Tensor, u: Tensor, strong: bool) -> Tensor:
     """Differentiable augmentation (Zhao et al. 2020, DiffAugment), a function of u (B, DRAWS), uniform in [0, 1).
 
@@ -162,18 +147,14 @@ def diff_augment(images: Tensor, u: Tensor, strong: bool) -> Tensor:
     of half the side. What is uncovered or cut out becomes 0, the middle grey.
     """
     if strong:
-        images = color(images, *u[:, :3].T.view(3, -1, 1, 1, 1))
+        brightness, saturation, contrast = u[:, :3].T.view(3, -1, 1, 1, 1)
+        images = images + (brightness - 0.5)
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * (2 * saturation) + grey
+        level = images.mean((1, 2, 3), keepdim=True)
+        images = (images - level) * (contrast + 0.5) + level
     images = translate(images, u[:, 3], u[:, 4])
     return cutout(images, u[:, 5], u[:, 6]) if strong else images
-
-
-def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Draws (B, 1, 1, 1) in [0, 1) -> shift by [-0.5, 0.5), saturation times [0, 2), contrast times [0.5, 1.5)."""
-    images = images + (brightness - 0.5)
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * (2 * saturation) + grey
-    level = images.mean((1, 2, 3), keepdim=True)
-    return (images - level) * (contrast + 0.5) + level
 
 
 def translate(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -181,12 +162,10 @@ def translate(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     for dim, draw in ((2, down), (3, right)):
         side = images.shape[dim]
         most = side // 8
-        shift = (draw * (2 * most + 1)).long() - most  # (B,)
-        source = torch.arange(side, device=images.device) - shift[:, None]  # (B, side)
-        inside = (source >= 0) & (source < side)
-        shape = (-1, 1, side, 1) if dim == 2 else (-1, 1, 1, side)
-        index = source.clamp(0, side - 1).view(shape).expand_as(images)
-        images = images.gather(dim, index) * inside.view(shape)
+        first = 2 * most - (draw * (2 * most + 1)).long()[:, None]  # (B, 1), of the padded rows or columns
+        index = (first + torch.arange(side, device=images.device)).view((-1, 1, side, 1) if dim == 2 else (-1, 1, 1, side))
+        padded = F.pad(images, (0, 0, most, most) if dim == 2 else (most, most))
+        images = padded.gather(dim, index.expand_as(images))
     return images
 
 
@@ -202,45 +181,33 @@ def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return images * ~hidden[:, None]
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, most: float) -> Tensor:
-    """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, at most `most` (Esser et al. 2021, eq. 7).
-
-    Both are gradients of the same layer: the decoder's last one, for AlignTok's preservation the encoder's (its section A).
-    """
-    return (reconstruction.norm() / (adversarial.norm() + 1e-6)).clamp(max=most)
-
-
 class Balance(nn.Module):
-    """The adaptive weight of a loss: with it, its gradient has the norm of the other losses' at a layer, or less.
+    """The adaptive weight of a loss: with it, its gradient has the norm of the other losses' at a layer (Esser et al. 2021, eq. 7).
 
-    What a step measures over its whole global batch takes effect in the next one (ours): so neither accumulation nor the
-    process count changes anything.
+    The layer is the decoder's last one, for AlignTok's preservation the encoder's (its section A). What a step measures over its
+    whole global batch takes effect in the next one (ours): so neither accumulation nor the process count changes anything.
     """
 
     def __init__(self):
         super().__init__()
         self.register_buffer("weight", torch.zeros(()))
-        self.measured: dict[str, Tensor] = {}
+        self.measured = defaultdict(int)  # sums over this process's pieces of a batch
 
     def weigh(self, layer: Tensor, others: tuple, mine: tuple) -> Tensor:
         """The weight of this step. Of (what is differentiated, its gradient), both gradients at the layer are measured."""
         for name, (output, gradient) in (("others", others), ("mine", mine)):
-            (at_layer,) = torch.autograd.grad(output, layer, gradient, retain_graph=True)
-            self.measure(name, at_layer)
+            self.measured[name] += torch.autograd.grad(output, layer, gradient, retain_graph=True)[0]
         return self.weight
-
-    def measure(self, name: str, value: Tensor) -> None:
-        self.measured[name] = self.measured.get(name, 0) + value
 
     @torch.no_grad()
     def end_step(self, average: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Take in what was measured, unless it is not finite; `average` turns this process's sums into means over the batch."""
+        """Take in what was measured, if it is finite and not 0; `average` turns this process's sums into means over the batch."""
         mean = {name: average(value) for name, value in self.measured.items()}
-        self.measured = {}
+        self.measured.clear()
         if "mine" in mean:
-            finite = mean["others"].norm().isfinite() & mean["mine"].norm().isfinite()
-            weight = adaptive_weight(mean["others"], mean["mine"], MAX_ADAPTIVE_WEIGHT)
-            self.weight.copy_(torch.where(finite, weight, self.weight))
+            others, mine = mean["others"].norm(), mean["mine"].norm()
+            weight = (others / (mine + 1e-6)).clamp(max=MAX_ADAPTIVE_WEIGHT)
+            self.weight.copy_(torch.where((others + mine).isfinite() & (mine > 0), weight, self.weight))
         return mean
 
 
@@ -252,7 +219,7 @@ class Adversary(Balance):
         self.discriminator = Discriminator(width)
         self.register_buffer("averages", torch.zeros(2))  # LeCam's, of the mean logits: real, fake
 
-    def forward(self, eye: Eye, fakes: Tensor, images: Tensor, u: Tensor, fool: bool) -> tuple[Tensor, Tensor, dict]:
+    def forward(self, eye: Callable, fakes: Tensor, images: Tensor, u: Tensor, fool: bool) -> tuple[Tensor, Tensor, dict]:
         """fakes, images (b, 3, S, S), u (b, 4, DRAWS) -> the discriminator's loss, the decoder's (0 without `fool`), logs.
 
         The gradient of the decoder's loss is for `fakes` only; discriminator and decoder learn from the same fakes (ours).
@@ -270,7 +237,7 @@ class Adversary(Balance):
         lecam = lecam_loss(real, fake, self.averages)
         logs = {"discriminator": hinge, "consistency": consistency, "lecam": lecam, "adaptive_weight": self.weight}
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
-        self.measure("logits", torch.stack([real.detach().mean(), fake.detach().mean()]))
+        self.measured["logits"] += torch.stack([real.mean(), fake.mean()]).detach()
         loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
         return loss, -self.discriminator(seen).mean() if fool else torch.zeros(()), logs
 
@@ -281,6 +248,6 @@ class Adversary(Balance):
         if logits is None:
             return
         self.averages.lerp_(torch.where(logits.isfinite(), logits, self.averages), 1 - LECAM_DECAY)
-        for module in self.discriminator.modules():
-            if isinstance(module, NormedConv):
-                module.refine()
+        for head in self.discriminator.heads:
+            for layer in head.children():
+                layer.refine()

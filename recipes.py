@@ -36,14 +36,13 @@ def arg(default, help: str, source: str = "ours", least=None, most=math.inf, cho
 
 
 class Stage(NamedTuple):
-    """A stage on images: `steps` times a step count of Config; what learns, by prefixes of its name in the tokenizer; its lr as
-    a multiple of lr; whether the mask ratio falls to 0 over it; and what it changes in the config."""
+    """A stage on images."""
 
-    steps: tuple[str, float] = ("tokenizer_steps", 1.0)
-    learns: tuple[str, ...] = ("",)
-    lr_scale: float = 1.0
-    fades: bool = False
-    changes: dict = {}
+    steps: tuple[str, float] = ("tokenizer_steps", 1.0)  # a step count of Config, and this stage's share of it
+    learns: tuple[str, ...] = ("",)  # what of the tokenizer is trained: how the names of its parameters begin
+    lr_scale: float = 1.0  # times lr
+    fades: bool = False  # the mask ratio falls to 0
+    changes: dict = {}  # values of Config
 
 
 # fmt: off
@@ -167,8 +166,10 @@ POINT = dict(posterior="point", kl_weight=0.0)
 RECIPES = {
     "mactok": dict(mask="mixed", posterior="gaussian"),
     "maetok": NO_HEADS | POINT | dict(mask="random", mask_least=0.4, mask_ratio=0.6, features_weight=1.0, hog_weight=1.0),
-    "ldetok": NO_HEADS | dict(tokens=0, channels=4, mask="dropped", mask_ratio=0.7, latent_noise=3.0),
-    "aligntok": NO_HEADS | POINT | dict(tokens=0, channels=8, encoder_init="teacher", mask="none", preservation_weight=1.0),
+    "ldetok": NO_HEADS | dict(tokens=0, channels=4, sit_batch_size=32, mask="dropped", mask_ratio=0.7, latent_noise=3.0),
+    "aligntok": NO_HEADS | POINT | dict(
+        tokens=0, channels=8, sit_batch_size=32, encoder_init="teacher", mask="none", preservation_weight=1.0,
+    ),
     "kl": NO_HEADS | dict(mask="none"),
     "ae": NO_HEADS | POINT | dict(mask="none"),
 }
