@@ -7,6 +7,7 @@ import numpy as np
 from reference import ROOT, TINY, make_folder, official_folder
 
 import fid
+import lab
 import recipes
 import sample
 import train
@@ -15,7 +16,7 @@ from plumbing.weights import OFFICIAL
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
-MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main}
+MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main, "lab.py": lab.main}
 TINY_STEPS = "--tokenizer_steps 2 --decoder_steps 2 --sit_steps 2 --eval_images 4 --sample_steps 2"
 
 
@@ -53,6 +54,8 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
             made = [*arguments, *f"{TINY} {TINY_STEPS} --patch_size 2 --tokens {min(4, config.tokens)}".split()]
             made += "--size toy --sit toy --teacher hog --encoder_init none --perceptual_weight 0 --adversarial_weight 0".split()
             arguments = [word for word in made if word != "--compile"]
+        elif script == "lab.py":
+            arguments += ["--only", "nothing", "--steps", "2", *TINY.split()]
         else:
             text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
             arguments = text.replace("--image_size 256", "--image_size 16").replace("207,360", "1,2").split()
