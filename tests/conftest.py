@@ -2,7 +2,10 @@ import os
 import tempfile
 
 import pytest
+import torch
 from reference import make_folder, official_folder
+
+torch.set_num_threads(1)  # as in the processes that tests start: then equal bits can be asked for
 
 # No test reaches the network, or finds weights that happen to be on the machine.
 os.environ |= {"TORCH_HOME": tempfile.mkdtemp(), "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
