@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import masking
-from align import DINO, TEACHERS, VITS, CellHOG, ViT, build_heads, build_tokenizer
+from align import VITS, ViT, build_heads, build_tokenizer
 from losses import DRAWS, Adversary, Balance
 from plumbing import show
 from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
+from plumbing.frozen import frozen_networks, official_files
 from plumbing.state import Run, State, draw, load_stage, moments, update_ema
-from plumbing.weights import LPIPS_FILES, OFFICIAL, at_hand, find_official, load_lpips, load_official
+from plumbing.weights import at_hand, find_official, load_official
 from recipes import Config, check_config, micro_batches, parse_config
 from sit import GENERATORS, drop_labels, flow_matching_loss
 from tokenizer import Tokenizer, load_dinov2, to_image
@@ -177,23 +178,6 @@ def warmup_cosine(cfg: Config, step: int, steps: int) -> float:
     return cfg.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def frozen_networks(run: Run, cfg: Config) -> dict[str, nn.Module]:
-    """What is only looked through: a teacher, HOG of MAETok's kind, the discriminator's DINO, LPIPS; with official weights."""
-    grid, networks = cfg.image_size // cfg.patch_size, {}
-    if cfg.uses_teacher:
-        networks["teacher"] = TEACHERS[cfg.teacher](grid)
-    if cfg.hog_weight:
-        networks["hog"] = CellHOG(grid, cfg.patch_size)
-    if cfg.adversarial_weight:
-        networks["eye"] = DINO()
-    for network in networks.values():
-        if hasattr(network, "vit"):
-            load_official(network.vit, network.vit.name, cfg.weights, run.dry)
-    if cfg.perceptual_weight:
-        networks["lpips"] = load_lpips(cfg.weights, run.dry)
-    return {name: network.to(run.device).eval().requires_grad_(False) for name, network in networks.items()}
-
-
 def start_from(run: Run, stage: str, tokenizer: Tokenizer, adversary: Adversary | None) -> tuple[int, str]:
     """What the tokenizer learns in a stage, and from where: DINOv2's weights, or those of the stage before.
 
@@ -255,17 +239,6 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     tokenizer.latent_mean.copy_(torch.tensor(latents.seal["latent_mean"]))
     tokenizer.latent_std.copy_(torch.tensor(latents.seal["latent_std"]))
     return tokenizer, latents
-
-
-def official_files(cfg: Config, stages: list[str]) -> list[str]:
-    """Which official files these stages need."""
-    names = []
-    for stage in filter(cfg.stages.get, stages):
-        at = cfg.at(stage)
-        names += [at.encoder_file] if stage == next(iter(cfg.stages)) else []
-        names += [at.teacher] if at.uses_teacher else []
-        names += [*(LPIPS_FILES if at.perceptual_weight else ()), "dino_vits16" if at.adversarial_weight else ""]
-    return [name for name in OFFICIAL if name in names]
 
 
 def is_done(run: Run, stage: str) -> bool:
