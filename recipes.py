@@ -161,17 +161,17 @@ PRESETS = {
     "bl512": FULL | AT_512 | dict(size="BL", tokens=64, guidance=2.4),
 }
 
-NO_HEADS = dict(local_weight=0.0, global_weight=0.0)
+NO_ALIGNMENT = dict(local_weight=0.0, global_weight=0.0)
 POINT = dict(posterior="point", kl_weight=0.0)
 RECIPES = {
     "mactok": dict(mask="mixed", posterior="gaussian"),
-    "maetok": NO_HEADS | POINT | dict(mask="random", mask_least=0.4, mask_ratio=0.6, features_weight=1.0, hog_weight=1.0),
-    "ldetok": NO_HEADS | dict(tokens=0, channels=4, sit_batch_size=32, mask="dropped", mask_ratio=0.7, latent_noise=3.0),
-    "aligntok": NO_HEADS | POINT | dict(
+    "maetok": NO_ALIGNMENT | POINT | dict(mask="random", mask_least=0.4, mask_ratio=0.6, features_weight=1.0, hog_weight=1.0),
+    "ldetok": NO_ALIGNMENT | dict(tokens=0, channels=4, sit_batch_size=32, mask="dropped", mask_ratio=0.7, latent_noise=3.0),
+    "aligntok": NO_ALIGNMENT | POINT | dict(
         tokens=0, channels=8, sit_batch_size=32, encoder_init="teacher", mask="none", preservation_weight=1.0,
     ),
-    "kl": NO_HEADS | dict(mask="none"),
-    "ae": NO_HEADS | POINT | dict(mask="none"),
+    "kl": NO_ALIGNMENT | dict(mask="none"),
+    "ae": NO_ALIGNMENT | POINT | dict(mask="none"),
 }
 FULL_RECIPES = {name: {} for name in RECIPES} | {
     "maetok": dict(  # 4.1, B.1, C.2; SigLIP features are left out
@@ -193,7 +193,7 @@ FULL_GENERATORS = {  # 4.1, B.2; lr config: LightningDiT
 }
 
 DECODER = Stage(  # section 4.1: the encoder is frozen and sees the whole image; lr / 10 is ours
-    ("decoder_steps", 1.0), ("decoder.",), 0.1, changes=NO_HEADS | dict(
+    ("decoder_steps", 1.0), ("decoder.",), 0.1, changes=NO_ALIGNMENT | dict(
         warmup_steps=0, mask="none", kl_weight=0.0, latent_noise=0.0, features_weight=0.0, hog_weight=0.0, preservation_weight=0.0,
     )
 )
@@ -286,6 +286,9 @@ def check_config(config: Config, processes: Processes) -> None:
     with as_user_error(), torch.device("meta"):
         build_tokenizer(asdict(config))
         GENERATORS[config.generator](config.num_latents, config.channels, 0, config.sit)
+    if config.num_latents > config.num_patches:
+        patches = f"{config.num_patches} patches of --patch_size {config.patch_size}"
+        raise UserError(f"--tokens {config.tokens} is more than the {patches}; use fewer tokens or smaller patches")
     if config.local_weight and config.num_patches % config.num_latents:
         divided = f"--tokens {config.tokens} does not divide the {config.num_patches} patches of --patch_size {config.patch_size}"
         raise UserError(f"{divided}, and local alignment (eq. 3) gives each latent as many; use a divisor or --local_weight 0")

@@ -27,6 +27,7 @@ from align import build_tokenizer
 from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
 from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
 from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, write_text
+from recipes import STAGES
 from sit import GENERATORS, SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class TrainedRun:
 
     def sampler(self, solver=None, steps=None, guidance=None, interval=(0.0, 0.7), shift=None) -> dict:
         """Settings of sit.sample; those not given are the run's own. Raises UserError for impossible ones."""
-        network = GENERATORS[self.config.get("generator", "sit")]
+        network = GENERATORS[self.config["generator"]]
         if guidance is not None and guidance > 1 and not (self.classes or self.guide):
             raise UserError(f"--guidance {guidance} needs classes, and this run was trained without; or a --guide")
         guidance = (self.config["guidance"] if self.classes or self.guide else 1.0) if guidance is None else guidance
@@ -60,7 +61,8 @@ class TrainedRun:
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun:
     """The latest stage in a folder (sit.pt, else decoder.pt, else what was before), or an exported file. Raises UserError."""
-    names = ("sit.pt", "decoder.pt", "joint.pt", "adapter.pt", "tokenizer.pt")
+    stages = dict.fromkeys(name for stages in STAGES.values() for name in reversed(stages))  # a folder is of one recipe
+    names = [f"{stage}.pt" for stage in ("sit", *stages)]
     paths = [Path(path)] if Path(path).is_file() else [Path(path) / name for name in names if (Path(path) / name).exists()]
     if not paths:
         raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
@@ -77,13 +79,12 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
         tokenizer = build_tokenizer(config)
         tokenizer.load_state_dict(weights)
         if "tokenizer" in saved:
-            network, grid = GENERATORS[config.get("generator", "sit")], tokenizer.has_grid
+            network, grid = GENERATORS[config["generator"]], tokenizer.has_grid
             sit = network(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), config["sit"], grid).to(device).eval()
             sit.load_state_dict(saved["ema"])
             weights |= {f"sit.{key}": value for key, value in saved["ema"].items()}
-    steps = saved["of_steps"]
-    if saved["step"] < steps:
-        warn(f"{paths[0]} is unfinished, at step {saved['step']} of {steps}")
+    if saved["step"] < saved["of_steps"]:
+        warn(f"{paths[0]} is unfinished, at step {saved['step']} of {saved['of_steps']}")
     about = {"file": paths[0].name} | {key: saved[key] for key in ("stage", "step", "of_steps")} | {"weights": state_hash(weights)}
     return TrainedRun(config, saved["classes"], tokenizer.to(device).eval(), sit, about)
 

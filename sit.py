@@ -183,8 +183,11 @@ def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: 
     s = t[:, None, None]
     x_t, v = (1 - s) * x + s * noise, noise - x
     prediction = model(x_t, t, y).to(v.dtype)
-    angle = 1 - F.cosine_similarity(prediction, v, dim=2, eps=1e-8)  # (B, L)
-    return (prediction - v).square().mean(dim=(1, 2)) + cosine_weight * angle.mean(dim=1)
+    loss = (prediction - v).square().mean(dim=(1, 2))
+    if cosine_weight:
+        angle = 1 - F.cosine_similarity(prediction, v, dim=2, eps=1e-8)  # (B, L)
+        loss = loss + cosine_weight * angle.mean(dim=1)
+    return loss
 
 
 def score(x: Tensor, v: Tensor, t: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def train_on_images(run: Run, stage: str) -> dict:
     pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.rows(cfg.batch_size)
     loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows), cfg.workers))
     uniform = {"flip": (), "ratio": (), "coin": (), "order": (cfg.num_patches,), "augment": (4, DRAWS), "tau": ()}
-    normal = dict.fromkeys(("noise", "end"), (cfg.num_latents, cfg.channels))
+    normal = dict.fromkeys(("noise", "eps"), (cfg.num_latents, cfg.channels))
     dropping, numbers = cfg.mask == "dropped", None
 
     for step in state.steps():
@@ -86,7 +86,7 @@ def train_on_images(run: Run, stage: str) -> dict:
             posterior = encode(x, mask, dropping)
             z = posterior.sample(d.noise)  # (b, L, C)
             shown = masking.hide_latents(z, m, d.order) if cfg.mask == "latent" else z
-            shown = masking.noise_latents(shown, d.tau, d.end, cfg.latent_noise) if cfg.latent_noise else shown
+            shown = masking.noise_latents(shown, d.tau, d.eps, cfg.latent_noise) if cfg.latent_noise else shown
             reconstruction = to_image(decode(shown, mask if dropping else None), cfg.patch_size)  # (b, 3, S, S)
 
             on_latents = {"kl": posterior.kl().sum(1).mean()} | compare(z, targets, mask)  # eq. 9, eq. 3-6

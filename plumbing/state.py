@@ -22,6 +22,7 @@ from recipes import Config
 
 MAX_GRAD_NORM = 1.0  # (config: SoftVQ-VAE, REPA)
 MAX_BAD_STEPS = 10  # non-finite steps in a row that stop the run (ours)
+COLLAPSED = {"kl_per_token": 0.05, "active_units": 0.05}  # nats, share: at or below either (ours)
 
 
 @dataclass
@@ -78,9 +79,8 @@ class Draws(SimpleNamespace):
 def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dict, shared: tuple[str, ...] = ()) -> Draws:
     """All random numbers of a step, {name: shape per image}: a function of (seed, stage, step), for the whole global batch.
 
-    Those that are `shared` are uniform, too, but one number for all images.
-
-    Of these the process keeps its rows: so a resumed run equals an unbroken one, and the process count changes nothing.
+    Those that are `shared` are uniform, too, one number for all images.
+    Of them the process keeps its rows: so a resumed run equals an unbroken one, and the process count changes nothing.
     """
     seed = np.random.SeedSequence([run.config.seed, zlib.crc32(stage.encode()), step]).generate_state(1, np.uint64)[0]
     generator, rows = torch.Generator(run.device).manual_seed(int(seed)), run.rows(batch)
@@ -263,7 +263,7 @@ def describe(averages: dict[str, Tensor]) -> dict[str, float]:
 def collapse_warning(numbers: dict[str, float]) -> str:
     """A sentence when the posterior has collapsed to its prior, else ""."""
     kl = numbers.get("kl_per_token", math.inf)
-    if not math.isfinite(kl) or (kl > 0.05 and numbers["active_units"] > 0.05):
+    if not math.isfinite(kl) or all(numbers[name] > most for name, most in COLLAPSED.items()):
         return ""
     return (
         f"the posterior has collapsed to its prior ({100 * numbers['active_units']:.0f} % active units, "

@@ -25,14 +25,7 @@ from plumbing.run import UserError, command_line, file_hash, save_checkpoint, st
 from plumbing.weights import OFFICIAL, load_lpips
 from sit import SiT
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Eigenvalues on several threads take 20 times as long when other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(name):
