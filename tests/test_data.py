@@ -33,6 +33,19 @@ def test_crop_is_central_and_square():
     assert data.center_crop(noise_image(17, 90), 64).size == (64, 64)
 
 
+def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
+    """From four times the crop on; below that the pixels are those of the whole file."""
+    rows, columns = np.mgrid[:800, :1000]
+    waves = np.stack([np.sin(rows / 90), np.sin(columns / 70), np.sin((rows + columns) / 80)], axis=-1)
+    Image.fromarray((127.5 + 120 * waves).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        whole = image.convert("RGB")
+    for size, exact in ((100, False), (250, True)):
+        crop = np.asarray(data.read_image(tmp_path / "x.jpg", size)).astype(int)
+        apart = np.abs(crop - np.asarray(data.center_crop(whole, size)))
+        assert (apart.max() == 0) == exact and apart.max() <= 3
+
+
 @pytest.mark.parametrize(
     "mode, suffix", [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("LA", "png")]
 )

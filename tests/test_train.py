@@ -326,7 +326,7 @@ def test_every_field_tells_its_source_and_its_bounds():
 
 def test_stages_and_recipes_are_dicts_of_fields():
     names = {field.name for field in dataclasses.fields(recipes.Config)}
-    dicts = (recipes.PRESETS, recipes.RECIPES, recipes.FULL_RECIPES, recipes.FULL_GENERATORS)
+    dicts = (recipes.PRESETS, recipes.RECIPES, recipes.FULL_RECIPES, recipes.FULL_GENERATORS, recipes.TOY_TOKENS)
     stages = [stage for each in recipes.STAGES.values() for stage in each.values()]
     for values in (*chain(*(each.values() for each in dicts)), *(stage.changes for stage in stages)):
         assert values.keys() <= names
@@ -335,6 +335,8 @@ def test_stages_and_recipes_are_dicts_of_fields():
     decoder = config.at("decoder")
     assert (decoder.lr, decoder.mask, decoder.kl_weight, decoder.uses_teacher) == (0.05, "none", 0, False)
     assert config.at("tokenizer") == config and config.stages["decoder"].learns == ("decoder.",)
+    more, _ = recipes.parse_config("--tokens 128 --sit_steps 5 --sample_steps 9".split())
+    assert (more.patch_size, more.channels, more.tokenizer_steps, more.sit_steps, more.sample_steps) == (2, 4, 1500, 5, 9)
     baseline, _ = recipes.parse_config("--recipe kl --local_weight 0.3".split())  # flags win
     assert (baseline.mask, baseline.local_weight, baseline.global_weight, baseline.kl_weight) == ("none", 0.3, 0.0, 1e-6)
 
@@ -371,7 +373,8 @@ def test_presets_are_complete_and_consistent():
         config, _ = recipes.parse_config(["--preset", name, "--data", "x"])
         recipes.check_config(config, Processes(0, 8, torch.device("cpu")))
         if name != "toy":  # the whole objective
-            assert (config.perceptual_weight, config.adversarial_weight, config.teacher) == (1.0, 0.2, "dinov2_vitb14")
+            teacher = "dinov2_vits14" if name == "s128" else "dinov2_vitb14"
+            assert (config.perceptual_weight, config.adversarial_weight, config.teacher) == (1.0, 0.2, teacher)
             assert config.encoder_init == ("dinov2_vits14" if config.size == "S" else "dinov2_vitb14")
     paper, _ = recipes.parse_config(["--data", "x"])
     assert paper.size == "B" and paper.image_size == 256 and paper.tokens == 128  # the default with data is b256
