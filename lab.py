@@ -15,6 +15,7 @@ mean MSE + b KL over d pixel values in [-1, 1] is a VAE with pixel noise sigma^2
 import json
 import time
 from collections import namedtuple
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
@@ -164,7 +165,7 @@ def groups(runs: list[dict], *names: str) -> dict[tuple, list[dict]]:
 def table(runs: list[dict]) -> str:
     """Markdown: mean +- standard deviation (n - 1) over seeds of each measure that any has; how many seeds survive, up to where."""
     keys, cells = [key for key in MEASURES if any(key in run for run in runs)], groups(runs, "name", "sigma")
-    alive = {cell: [all(run.get(key, 1) > x for key, x in COLLAPSED.items()) for run in same] for cell, same in cells.items()}
+    alive = {cell: [run.get("kl_per_token", 1) > COLLAPSED for run in same] for cell, same in cells.items()}
     lines = [["", "sigma", *(MEASURES[key] for key in keys), "survive"], ["---"] * (len(keys) + 3)]
     for (name, sigma), same in cells.items():
         values = [[run[key] for run in same if key in run] for key in keys]
@@ -184,7 +185,7 @@ def draw(runs: list[dict], sweep: bool):
         figure.suptitle(title)
         return figure, figure.subplots(down, across, squeeze=False, **shared)
 
-    def panels(title: str, rows: list[str], keys: tuple[str, ...], lines: list[tuple], xlabel: str) -> Figure:
+    def panels(title: str, rows: list[str], keys: Sequence[str], lines: list[tuple], xlabel: str) -> Figure:
         """Titles of the rows, measures of the columns. lines: title of its row, its run, {x: measures}."""
         figure, axes = canvas(title, 2 + 2.2 * len(rows), len(rows), len(keys), sharex=True, sharey="col")
         for (row, run, points), (column, key) in product(lines, enumerate(keys)):
@@ -194,8 +195,8 @@ def draw(runs: list[dict], sweep: bool):
         for axis, (row, key) in zip(axes.flat, product(rows, keys)):
             axis.set(title=row, xlabel=xlabel, ylabel=MEASURES[key], yscale="log" if key == "kl_per_token" else "linear")
             axis.tick_params(axis="x", rotation=0 if xlabel else 40)
-            if key in COLLAPSED:
-                axis.axhspan(0, COLLAPSED[key], color="red", alpha=0.1, label="collapsed")
+            if key == "kl_per_token":
+                axis.axhspan(0, COLLAPSED, color="red", alpha=0.1, label="collapsed")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         return figure
 
@@ -206,15 +207,17 @@ def draw(runs: list[dict], sweep: bool):
     ends = [("", same[0], {str(run[x]): run for run in same}) for same in groups(runs, "name", "seed").values()]
     yield "", panels("At the end of training", [""], keys, ends, "KL weight (sigma)" if sweep else "")
     steps = [(run["row"], run, run["curve"]) for run in runs if run["row"] in some]
-    yield "_steps", panels("During training (KL, units: of images as masked)", some, (*COLLAPSED, "psnr"), steps, "training step")
+    yield "_steps", panels("During training (KL, units: of images as masked)", some, list(MEASURES)[:3], steps, "training step")
 
     runs, names = [run for run in runs if run["name"] != LINEAR], [name for name in colours if name != LINEAR]
     first = [same[0] for (_, row), same in groups(runs, "name", "row").items() if row in some]
-    figure, axes = canvas("Held-out images and their reconstructions", 1 + 0.55 * len(names), 1, len(some), sharey=True)
+    count = 8 // len(some) + 3
+    height = 1.1 + 7.6 / len(some) / count * (1 + len(names))
+    figure, axes = canvas("Held-out images and their reconstructions", height, 1, len(some), sharey=True)
     for axis, row in zip(axes[0], some):
         found, originals = {run["name"]: run["views"] for run in first if run["row"] == row}, first[0]["views"]["originals"]
         rest = [found[name]["reconstructions"] if name in found else originals * 0 + 255 for name in names]
-        images = torch.stack([originals, *rest])[:, : 8 // len(some) + 3]
+        images = torch.stack([originals, *rest])[:, :count]
         axis.imshow(images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy(), extent=(0, images.shape[1], len(images), 0))
         axis.set(title=row, xticks=[], yticks=np.arange(len(images)) + 0.5, yticklabels=["held out", *names])
     yield "_images", figure
@@ -225,6 +228,8 @@ def draw(runs: list[dict], sweep: bool):
     for axis, run in zip(axes.flat, clouds):
         dots = axis.scatter(*run["views"]["components"].numpy().T, c=run["views"]["labels"].numpy(), cmap="tab10", s=5)
         axis.set(title=f"{run['name']} {run['row']}", xlabel="first principal component", ylabel="second")
+    for axis in axes.flat[len(clouds) :]:
+        axis.set_axis_off()
     figure.legend(dots.legend_elements()[0], run["views"]["classes"], loc="outside right center")
     yield "_latents", figure
 

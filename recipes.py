@@ -157,7 +157,7 @@ PRESETS = {
     "toy": {},
     "s128": FULL | dict(  # ours: one consumer GPU and your own photographs, in about an hour
         image_size=128, tokens=64, size="S", encoder_init="dinov2_vits14", teacher="dinov2_vits14", discriminator_start=5_000,
-        batch_size=64, micro_batch=0, warmup_steps=1_000, tokenizer_steps=20_000, decoder_steps=2_000, ema_decay=0.999,
+        batch_size=64, micro_batch=32, warmup_steps=1_000, tokenizer_steps=20_000, decoder_steps=2_000, ema_decay=0.999,
         sit="S", sit_steps=30_000, sample_steps=100, guidance=2.4, eval_images=500, save_every=1_000,
     ),
     "s256": FULL | dict(size="S", encoder_init="dinov2_vits14"),

@@ -179,7 +179,10 @@ def drop_labels(y: Tensor, null_label: int, uniform: Tensor, probability: float 
 
 
 def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, cosine_weight: float = 0.0) -> Tensor:
-    """(B,), float32 or better: |model(x_t, t, y) - v|^2, mean over L and C, plus cosine_weight (1 - cosine over C), mean over L."""
+    """(B,), float32 or better: |model(x_t, t, y) - v|^2, a mean over L and C, of the linear path (section B.2).
+
+    LightningDiT adds cosine_weight (1 - cosine over C), a mean over L.
+    """
     s = t[:, None, None]
     x_t, v = (1 - s) * x + s * noise, noise - x
     prediction = model(x_t, t, y).to(v.dtype)

@@ -1,7 +1,9 @@
 """The README's commands run in order, as they are written, in one folder; only sizes and counts are made tiny."""
 
+import importlib
 import re
 import shlex
+from functools import reduce
 
 import numpy as np
 from reference import ROOT, TINY, make_folder, official_folder
@@ -55,7 +57,7 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
             made += "--size toy --sit toy --teacher hog --encoder_init none --perceptual_weight 0 --adversarial_weight 0".split()
             arguments = [word for word in made if word != "--compile"]
         elif script == "lab.py":
-            arguments += ["--only", "nothing", "--steps", "2", *TINY.split()]
+            arguments += ["--only", "no", "--seeds", "1", "--steps", "2", *TINY.split()]  # "nothing", "no mask"
         else:
             text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
             arguments = text.replace("--image_size 256", "--image_size 16").replace("207,360", "1,2").split()
@@ -74,3 +76,32 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch):
     names = {}
     exec(lines, names)
     assert names["images"].shape == (2, 3, 16, 16)
+
+
+def numbers(text: str) -> set[int]:
+    """Of equations: "eq. 3, 5-6" -> {3, 5, 6}."""
+    found = set()
+    for listed in re.findall(r"\b[Ee]q\. (\d[\d, -]*)", text):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed):
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_each_equation_has_its_function_and_each_function_names_its_equation():
+    """The README's map: equation or section, what it says, file.function."""
+    rows = re.findall(r"^\| ((?:eq\. |[34]\.|B\.)[^|]*) \| [^|]* \| `([\w.]+)` \|$", README, re.M)
+    for place, name in rows:
+        module, *path = name.split(".")
+        about = reduce(getattr, path, importlib.import_module(module)).__doc__
+        assert numbers(place) <= numbers(about), name
+        assert place.startswith("eq.") or all(section in about for section in place.split(", ")), name
+    assert set().union(*(numbers(place) for place, _ in rows)) == set(range(1, 10)) and len(rows) == 14
+
+
+def test_the_pictures_are_there_and_no_heading_is_lost():
+    """Links within the repository, and to headings of the README."""
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", README, re.M)}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 10
+    for link in links:
+        assert (link[1:] in headings) if link.startswith("#") else (ROOT / link).exists(), link
