@@ -223,7 +223,7 @@ def draw(runs: list[dict], sweep: bool):
     yield "_images", figure
 
     clouds = [run for run in first if not sweep or run["name"] in ("nothing", "mixed mask", "all")] or first
-    title, down = "Held-out images in latent space (means; a sample adds noise of a std up to 1)", -(-len(clouds) // 3)
+    title, down = "Images in latent space (means; a sample adds noise of a std up to 1)", -(-len(clouds) // 3)
     figure, axes = canvas(title, 1 + 2.4 * down, down, 3, sharex=True, sharey=True)
     for axis, run in zip(axes.flat, clouds):
         dots = axis.scatter(*run["views"]["components"].numpy().T, c=run["views"]["labels"].numpy(), cmap="tab10", s=5)
