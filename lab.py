@@ -15,7 +15,6 @@ mean MSE + b KL over d pixel values in [-1, 1] is a VAE with pixel noise sigma^2
 import json
 import time
 from collections import namedtuple
-from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
@@ -185,7 +184,7 @@ def draw(runs: list[dict], sweep: bool):
         figure.suptitle(title)
         return figure, figure.subplots(down, across, squeeze=False, **shared)
 
-    def panels(title: str, rows: list[str], keys: Sequence[str], lines: list[tuple], xlabel: str) -> Figure:
+    def panels(title: str, rows: list[str], keys: tuple[str, ...], lines: list[tuple], xlabel: str) -> Figure:
         """Titles of the rows, measures of the columns. lines: title of its row, its run, {x: measures}."""
         figure, axes = canvas(title, 2 + 2.2 * len(rows), len(rows), len(keys), sharex=True, sharey="col")
         for (row, run, points), (column, key) in product(lines, enumerate(keys)):
@@ -207,7 +206,8 @@ def draw(runs: list[dict], sweep: bool):
     ends = [("", same[0], {str(run[x]): run for run in same}) for same in groups(runs, "name", "seed").values()]
     yield "", panels("At the end of training", [""], keys, ends, "KL weight (sigma)" if sweep else "")
     steps = [(run["row"], run, run["curve"]) for run in runs if run["row"] in some]
-    yield "_steps", panels("During training (KL, units: of images as masked)", some, list(MEASURES)[:3], steps, "training step")
+    title, shown = "During training (KL, units: of images as masked)", ("kl_per_token", "active_units", "psnr")
+    yield "_steps", panels(title, some, shown, steps, "training step")
 
     runs, names = [run for run in runs if run["name"] != LINEAR], [name for name in colours if name != LINEAR]
     first = [same[0] for (_, row), same in groups(runs, "name", "row").items() if row in some]

@@ -155,7 +155,7 @@ FULL = dict(
 AT_512 = dict(image_size=512, batch_size=128, micro_batch=8, warmup_steps=10_000, tokenizer_steps=500_000, decoder_steps=100_000)
 PRESETS = {
     "toy": {},
-    "s128": FULL | dict(  # ours: one consumer GPU and your own photographs, in about an hour
+    "s128": FULL | dict(  # ours: one consumer GPU and your own photographs, on paper in about an hour
         image_size=128, tokens=64, size="S", encoder_init="dinov2_vits14", teacher="dinov2_vits14", discriminator_start=5_000,
         batch_size=64, micro_batch=32, warmup_steps=1_000, tokenizer_steps=20_000, decoder_steps=2_000, ema_decay=0.999,
         sit="S", sit_steps=30_000, sample_steps=100, guidance=2.4, eval_images=500, save_every=1_000,
@@ -165,7 +165,7 @@ PRESETS = {
     "b512": FULL | AT_512,
     "bl512": FULL | AT_512 | dict(size="BL", tokens=64, guidance=2.4),
 }
-TOY_TOKENS = {  # by L: the toy in minutes with more tokens than its 16, with about as many numbers in all (ours)
+TOY_TOKENS = {  # by L: the toy with more tokens than its 16, in minutes all the same (ours)
     64: dict(channels=4, sit_batch_size=32),
     128: dict(channels=4, sit_batch_size=32, tokenizer_steps=1_500, sample_steps=25),
 }

@@ -93,8 +93,8 @@ class Processes:
                     f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}"
                 )  # no other may find it
             torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; oneDNN, which is often twice as fast as MKL
-        torch.backends.cuda.enable_flash_sdp(cuda)  # holds for CPUs too, where plain products take half the time
+        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU oneDNN for MKL
+        torch.backends.cuda.enable_flash_sdp(cuda)  # it rules CPUs too, where oneDNN is slow at its small products
         if "RANK" not in os.environ:
             return Processes(0, 1, device)
         if not dist.is_initialized():

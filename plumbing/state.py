@@ -79,8 +79,8 @@ class Draws(SimpleNamespace):
 def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dict, shared: tuple[str, ...] = ()) -> Draws:
     """All random numbers of a step, {name: shape per image}: a function of (seed, stage, step), for the whole global batch.
 
-    Those that are `shared` are uniform, too, one number for all images.
-    Of them the process keeps its rows: so a resumed run equals an unbroken one, and the process count changes nothing.
+    Names in `shared` are uniform, too, with one number for all images.
+    A process keeps its rows of each: so a resumed run equals an unbroken one, and the process count changes nothing.
     """
     seed = np.random.SeedSequence([run.config.seed, zlib.crc32(stage.encode()), step]).generate_state(1, np.uint64)[0]
     generator, rows = torch.Generator(run.device).manual_seed(int(seed)), run.rows(batch)
