@@ -34,6 +34,7 @@ from sample import load_run, reconstruct
 # fmt: off
 NOTHING, LOCAL, BOTH = (dict(mask="none", local_weight=a, global_weight=b) for a, b in ((0, 0), (0.1, 0), (0.1, 0.1)))
 MIXED, PAPER = dict(mask="mixed"), dict(mask_ratio=0.7)  # weights: config; M: paper 4.1
+MEASURED = PAPER | dict(sit_batch_size=64)  # what results/ was made with
 SETTINGS = {"nothing": NOTHING} | {f"{mask} mask": NOTHING | dict(mask=mask) for mask in ("latent", "random", "semantic", "mixed")}
 SETTINGS |= {"local": LOCAL, "local + global": BOTH, "all": BOTH | MIXED}  # against collapse
 RATIOS = {"no mask": {}} | {f"M = {most}": dict(mask="random", mask_ratio=most) for most in (0.4, 0.5, 0.6, 0.7, 0.8)}
@@ -44,9 +45,9 @@ Experiment = namedtuple("Experiment", "cells quick common sigmas stages steps")
 EXPERIMENTS = {  # {cell: flags}; cells of --quick; flags of all; sigmas, None: the recipe's; stages of train.py; steps, --quick's
     "collapse": Experiment(SETTINGS, ("nothing", "latent mask", "mixed mask", "local + global", "all"), PAPER,
                            (0.31, 0.8, 1.25, 2.0), ("tokenizer",), (500, 300)),  # --quick: every second sigma, one seed
-    "ratio": Experiment(RATIOS, ("no mask", "M = 0.4", "M = 0.7"), BOTH | PAPER | dict(guidance=1), (0.31,),
+    "ratio": Experiment(RATIOS, ("no mask", "M = 0.4", "M = 0.7"), BOTH | MEASURED | dict(guidance=1), (0.31,),
                         ("tokenizer", "latents", "sit"), (800, 300)),
-    "modules": Experiment(MODULES, ("nothing", "+ random mask", "+ global"), PAPER, (0.31,), ("all",), (800, 300)),
+    "modules": Experiment(MODULES, ("nothing", "+ random mask", "+ global"), MEASURED, (0.31,), ("all",), (800, 300)),
     "recipes": Experiment({r: dict(recipe=r) for r in RECIPES}, ("mactok", "kl", "ae"), {}, (None,), ("all",), (1000, 300)),
 }
 LENGTHS = dict(tokenizer_steps=1, sit_steps=1, decoder_steps=10, save_every=5, log_every=20)  # the steps by this, rounded up

@@ -34,8 +34,7 @@ from plumbing import show
 from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
-from plumbing.frozen import frozen_networks, official_files
-from plumbing.state import Run, State, draw, load_stage, moments, update_ema
+from plumbing.state import Run, State, draw, frozen_networks, load_stage, moments, official_files, update_ema
 from plumbing.weights import at_hand, find_official, load_official
 from recipes import Config, check_config, micro_batches, parse_config
 from sit import GENERATORS, drop_labels, flow_matching_loss
@@ -218,7 +217,7 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
     (tokenizer, of), share = trained_tokenizer(run), processes.share(len(items))
     if not Latents.are_whole(path):
-        place, lists = share.start, [items[i : min(i + 64, share.stop)].tolist() for i in range(share.start, share.stop, 64)]
+        place, lists = share.start, [items[i : min(i + 16, share.stop)].tolist() for i in range(share.start, share.stop, 16)]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
         with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
             for images, labels in progress(loader(run.data, lists, cfg.workers), "latents", processes):
@@ -263,10 +262,7 @@ def main(arguments: list[str]) -> None:
     try:
         result = read_json(path) if path.exists() else {}
     except UserError as error:
-        processes.barrier()
-        if processes.first:
-            path.replace(f"{path}.damaged")
-        warn(f"{error}; it is only a record, kept as {path.name}.damaged", processes)
+        warn(f"{error}; it is only a record, and is written anew", processes)
         result = {}
     while stages and stages[0] in result and is_done(run, stages[0]):
         if processes.first:

@@ -1,6 +1,7 @@
 """Processes, errors, signals, and files that are whole or not there."""
 
 import argparse
+import ctypes
 import difflib
 import hashlib
 import json
@@ -89,12 +90,13 @@ class Processes:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             if local >= torch.cuda.device_count():
-                raise OSError(
-                    f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}"
-                )  # no other may find it
+                raise OSError(f"process {local} has no GPU of its own")  # perhaps only this one
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU oneDNN for MKL
         torch.backends.cuda.enable_flash_sdp(cuda)  # it rules CPUs too, where oneDNN is slow at its small products
+        if sys.platform == "linux" and not cuda:  # freed memory is kept: to get it from the system again costs more than a product
+            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, 2**31 - 1)
         if "RANK" not in os.environ:
             return Processes(0, 1, device)
         if not dist.is_initialized():
@@ -228,8 +230,5 @@ def state_hash(state: dict[str, Tensor], text: str = "") -> str:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

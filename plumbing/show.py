@@ -108,12 +108,7 @@ def provenance(config: Config, options: Namespace, arguments: list[str], process
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
     made_by = {"command": ["train.py", *arguments], "recipe": config.recipe, "preset": options.preset, "commit": commit}
-    return made_by | {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "processes": processes.world,
-    }
+    return made_by | dict(python=platform.python_version(), torch=torch.__version__, device=device, processes=processes.world)
 
 
 def measure(run: Run, files: list[str], train: Callable[[Run, str], dict]) -> None:

@@ -1,4 +1,4 @@
-"""What a training loop needs besides its method: the run, the draws of a step, optimizers, checkpoints, the log."""
+"""What a training loop needs besides its method: run, draws of a step, frozen networks, optimizers, checkpoints, log."""
 
 import json
 import math
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from align import DINO, TEACHERS, CellHOG
 from plumbing.data import ImageFolder, Shapes, open_dataset, split
 from plumbing.run import CHECKPOINT, Processes, UserError, as_user_error, load_checkpoint, progress, save_checkpoint
 from plumbing.run import stop_signals, warn
+from plumbing.weights import LPIPS_FILES, OFFICIAL, load_lpips, load_official
 from recipes import Config
 
 MAX_GRAD_NORM = 1.0  # (config: SoftVQ-VAE, REPA)
@@ -91,6 +93,34 @@ def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dic
     draws = rows_of(torch.rand, uniform) | rows_of(torch.randn, normal)
     one = rows_of(lambda batch, **where: torch.rand(1, **where).expand(batch), dict.fromkeys(shared, ()))
     return Draws(**draws, **one)
+
+
+def frozen_networks(run: Run, cfg: Config) -> dict[str, nn.Module]:
+    """What is only looked through: a teacher, HOG of MAETok's kind, the discriminator's DINO, LPIPS; with official weights."""
+    grid, networks = cfg.image_size // cfg.patch_size, {}
+    if cfg.uses_teacher:
+        networks["teacher"] = TEACHERS[cfg.teacher](grid)
+    if cfg.hog_weight:
+        networks["hog"] = CellHOG(grid, cfg.patch_size)
+    if cfg.adversarial_weight:
+        networks["eye"] = DINO()
+    for network in networks.values():
+        if hasattr(network, "vit"):
+            load_official(network.vit, network.vit.name, cfg.weights, run.dry)
+    if cfg.perceptual_weight:
+        networks["lpips"] = load_lpips(cfg.weights, run.dry)
+    return {name: network.to(run.device).eval().requires_grad_(False) for name, network in networks.items()}
+
+
+def official_files(cfg: Config, stages: list[str]) -> list[str]:
+    """Which official files these stages need."""
+    names = []
+    for stage in filter(cfg.stages.get, stages):
+        at = cfg.at(stage)
+        names += [at.encoder_file] if stage == next(iter(cfg.stages)) else []
+        names += [at.teacher] if at.uses_teacher else []
+        names += [*(LPIPS_FILES if at.perceptual_weight else ()), "dino_vits16" if at.adversarial_weight else ""]
+    return [name for name in OFFICIAL if name in names]
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
     python tests/bench.py                              # the toy preset
     python tests/bench.py --preset b256 --batch 32     # tokenizer B at 256 px, SiT-XL at 128 tokens
-    python tests/bench.py --preset b256 --batch 32 --compile
+    python tests/bench.py --preset b256 --batch 32 --compile --tokens 64     # any flag of train.py
+    python tests/bench.py --grow                       # the toy with more tokens, larger images, other batches
     python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
     python tests/bench.py --damage FOLDER              # Frechet distance of its images to damaged copies
     python tests/bench.py --against OTHER              # steps per second of this tree and of another checkout, in turns
 
 Training steps are those of train.py's own loops. The official networks take part with random weights where their files are not
 at hand: their values do not change the speed. FLOPs are counted by PyTorch (matrix products and convolutions, 2 per
-multiply-add). The peak is the best of some matrix products in the precision that training uses, measured in the same run: on a
+multiply-add). The peak is the best of some matrix products in the precision of the networks, measured in the same run: on a
 busy machine compare shares, not times.
 """
 
@@ -38,6 +39,7 @@ from align import build_tokenizer
 from fid import frechet_distance, precision_recall, statistics
 from losses import DRAWS, Adversary
 from plumbing.data import ImageFolder, Latents, batch_indices, center_crop, image_tensor, loader, read_image
+from plumbing.images import BATCH
 from plumbing.inception import InceptionV3, inception_features, load_inception
 from plumbing.run import Parser, Processes, command_line, progress, write_text
 from plumbing.state import Run, peak_memory
@@ -65,13 +67,11 @@ def once(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_peak(device: torch.device) -> float:
-    """The best FLOP/s of matrix products, in the precision that training uses."""
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The best FLOP/s of matrix products."""
     best = 0.0
     for m, k, n in ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 768, 3072), (4608, 128, 512)):
-        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-        if device.type == "cuda":
-            a, b = a.bfloat16(), b.bfloat16()
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         best = max(best, 2 * m * k * n / seconds_of(lambda a=a, b=b: a @ b, device, 0.3))
     return best
 
@@ -102,16 +102,23 @@ def report(name: str, step: Callable[[], object], images: int, device: torch.dev
     show_line(name, images, seconds_of(step, device), flops, device, peak)
 
 
-def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float, flops: float) -> None:
-    """A stage's own loop for some steps: its time per step is the log's."""
-    loop = train.train_sit if stage == "sit" else lambda run: train.train_on_images(run, stage)
-    with tempfile.TemporaryDirectory() as out:
-        steps = {"tokenizer_steps": 12, "sit_steps": 40, "log_every": 4, "save_every": 0, "out": out}
-        short = replace(run, config=replace(run.config, **steps), eval_items=run.eval_items[:2])
-        if stage == "sit":
-            make_latents(short, Path(out))
-        loop(short)
-        lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float) -> None:
+    """A stage's own loop for some steps: its time per step is the log's; its FLOPs are those of two steps less those of one."""
+
+    def loop(steps: int, every: int = 1) -> list[dict]:
+        with tempfile.TemporaryDirectory() as out:
+            few = {"tokenizer_steps": steps, "sit_steps": steps, "sample_steps": 1, "guidance": 1.0}
+            config = replace(run.config, **few, log_every=every, save_every=0, out=out)
+            short = replace(run, config=config, eval_items=run.eval_items[:2])
+            if stage == "sit":
+                make_latents(short, Path(out))
+                train.train_sit(short)
+            else:
+                train.train_on_images(short, stage)
+            return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+    flops = flops_of(lambda: loop(2)) - flops_of(lambda: loop(1))
+    lines = loop(40 if stage == "sit" else 12, 4)
     speed = float(np.median([line["images_per_second"] for line in lines if "loss" in line][1:]))
     show_line(name, batch, batch / speed, flops, run.device, peak)
 
@@ -148,19 +155,29 @@ def bench_terms(run: Run, batch: int, peak: float) -> None:
         report("  discriminator's loss and the decoder's", step, batch, device, peak)
 
 
-def bench_fid(device: torch.device, peak: float, samples: int) -> None:
-    """The parts of fid.py at the sizes they are used with; random weights and features, whose values do not matter."""
+def random_inception(device: torch.device) -> InceptionV3:
     with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
         torch.save(InceptionV3().state_dict(), f"{folder}/{OFFICIAL['inception'].file}")
-        model = load_inception(folder, device)
-    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
-    report("Inception features, 256 px, batch 32", lambda: inception_features(model, images), 32, device, peak)
+        return load_inception(folder, device)
+
+
+def bench_inception(device: torch.device, peak: float) -> None:
+    model, images = random_inception(device), torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    report(f"Inception features, 256 px, batch {BATCH}", lambda: inception_features(model, images), BATCH, device, peak)
+
+
+def bench_fid(device: torch.device, samples: int) -> None:
+    """What fid.py does with features; random ones, whose values do not matter."""
     generator = torch.Generator().manual_seed(0)
-    real, fake = (torch.randn(count, 2048, generator=generator) for count in (10_000, samples))
-    pairs = (*statistics(real), *statistics(fake))
+    real, few, fake = (torch.randn(count, 2048, generator=generator) for count in (10_000, 1_000, samples))
+    found = statistics(real)
+    seconds = once(lambda: frechet_distance(*statistics(few), *found), device)
+    print(f"statistics of 1,000 images and Frechet distance, 2048 dimensions: {seconds:.1f} s")
+    pairs = (*statistics(fake), *found)
     ours = once(lambda: frechet_distance(*pairs), device)
     scipys = once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]), device)
-    print(f"Frechet distance, 2048 dimensions: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
+    print(f"Frechet distance, full rank: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
     seconds = once(lambda: precision_recall(real.to(device), fake.to(device)), device)
     memory = peak_memory(device) / 1e9
     print(f"precision and recall, {samples:,} against 10,000 x 2048: {seconds:.1f} s, peak memory {memory:.1f} GB")
@@ -187,11 +204,7 @@ DAMAGES = [(jpeg, 50), (jpeg, 25), (jpeg, 10), (blur, 1), (blur, 2), (blur, 4), 
 
 def bench_damage(folder: str, weights: str, processes: Processes) -> None:
     """Frechet distance of a folder's 256-px crops to damaged copies: it should grow with the damage."""
-    with tempfile.TemporaryDirectory() as temporary:
-        if not weights:
-            torch.manual_seed(0)
-            torch.save(InceptionV3().state_dict(), f"{temporary}/{OFFICIAL['inception'].file}")
-        model = load_inception(weights or temporary, processes.device)
+    model = load_inception(weights, processes.device) if weights else random_inception(processes.device)
     files, found = ImageFolder(folder, 256).paths, {}
     for start in progress(range(0, len(files), 50), "features", processes):
         crops = [center_crop(read_image(file), 256) for file in files[start : start + 50]]
@@ -223,50 +236,60 @@ def bench_against(other: str, rounds: int = 5) -> None:
         print(f"{stage:10} {ours:8.1f} images/s here, {theirs:8.1f} there: {ours / theirs:.3f}")
 
 
+def bench_growth() -> None:
+    """The toy's table in a process of its own (its memory, too) for each of some values, everything else as in the first."""
+    for flag, values in (("tokens", (16, 64, 128)), ("image_size", (64, 128)), ("batch", (4, 64))):
+        for value in values:
+            print(f"\n--{flag} {value}", flush=True)
+            flags = {"patch_size": 0 if flag == "tokens" else 4, "channels": 4, "batch": 16} | {flag: value}
+            words = [word for name, number in flags.items() for word in (f"--{name}", str(number))]
+            subprocess.run([sys.executable, __file__, *words], check=True)
+
+
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="whose sizes to measure")
     parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
+    parser.add_argument("--precision", choices=("bf16", "float32"), help="as train.py's")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--grow", action="store_true", help="several tables")
     parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
     parser.add_argument("--samples", type=int, default=10_000, help="of --fid's precision and recall; published: 50000")
     parser.add_argument("--damage", metavar="FOLDER", help="distance of this folder's images to damaged copies instead")
     parser.add_argument("--weights", default="", help="folder with FID's Inception for --damage (default: random)")
     parser.add_argument("--against", metavar="OTHER", help="compare with another checkout instead")
-    args = parser.parse_args(arguments)
-    processes = Processes.start()
-    if args.damage:
-        return bench_damage(args.damage, args.weights, processes)
+    args, flags = parser.parse_known_args(arguments)
+    if args.grow:
+        return bench_growth()
     if args.against:
         return bench_against(args.against)
-    config, _ = parse_config(["--preset", args.preset])
+    config, _ = parse_config(["--preset", args.preset, *flags])
+    processes = Processes.start()
     device, few = processes.device, 16
+    if args.damage:
+        return bench_damage(args.damage, args.weights, processes)
+    if args.fid:
+        return bench_fid(device, args.samples)
     batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
     changes = {"batch_size": batch, "sit_batch_size": sit_batch, "micro_batch": 0, "discriminator_start": 0, "workers": 0}
-    run = Run.open(replace(config, **changes), processes, dry=True, compile=args.compile)
-    config, peak = run.config, matmul_peak(device)
-    print(f"{device.type}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:.0f} GFLOP/s, preset {args.preset}")
-    print(f"{'':40} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
-    if args.fid:
-        return bench_fid(device, peak, args.samples)
+    run = Run.open(replace(config, **changes), processes, dry=True, precision=args.precision, compile=args.compile)
+    peaks = [matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    config, peak, (float32, bf16) = run.config, peaks[run.bf16], (f"{value / 1e9:.0f}" for value in peaks)
+    print(f"{device.type}, {torch.get_num_threads()} threads, matmul peak {float32} GFLOP/s in float32, {bf16} in bf16")
+    print(f"{args.preset} {' '.join(flags):35} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
 
-    bench_loop(f"tokenizer {config.size} step, batch {batch}", run, "tokenizer", batch, peak, 0)
+    bench_loop(f"tokenizer {config.size} step, batch {batch}", run, "tokenizer", batch, peak)
     bench_terms(run, batch, peak)
-    sit = GENERATORS[config.generator](config.num_latents, config.channels, 10, config.sit).to(device)
-    x, y = torch.randn(sit_batch, config.num_latents, config.channels, device=device), torch.arange(sit_batch, device=device) % 10
-    velocity = run.ready(sit)
-    flops = flops_of(lambda: velocity(x, torch.rand(len(x), device=device), y).square().mean().backward())
-    bench_loop(f"sit {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak, flops)
-
+    bench_loop(f"{config.generator} {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak)
     tokenizer = build_tokenizer(vars(config)).to(device).eval()
+    sit = GENERATORS[config.generator](config.num_latents, config.channels, 10, config.sit, tokenizer.has_grid).to(device)
 
     @torch.no_grad()
     def sampling():
         noise = seeded_noise(0, list(range(few)), (config.num_latents, config.channels), device)
-        tokenizer.decode(sample(sit, noise, y[:few], 10, "sde", 10, 2.0).float())
+        tokenizer.decode(sample(sit, noise, torch.arange(few, device=device) % 10, 10, "sde", 10, 2.0).float())
 
-    if sit_batch >= few:
-        report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)
+    report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)
 
     def load(dataset):
         lists = [batch_indices(len(dataset), 32, 0, i, slice(0, 32)) for i in range(10_000)]
@@ -278,6 +301,8 @@ def main(arguments: list[str]) -> None:
         for i in range(64):
             Image.fromarray(run.data[i][0].permute(1, 2, 0).numpy()).resize((500, 400)).save(f"{folder}/{i}.jpg")
         report(f"loading 500 x 400 JPEG at {config.image_size} px", load(ImageFolder(folder, config.image_size)), 32, device, peak)
+    if args.preset != "toy":
+        bench_inception(device, peak)
 
 
 if __name__ == "__main__":

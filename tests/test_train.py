@@ -336,7 +336,7 @@ def test_stages_and_recipes_are_dicts_of_fields():
     assert (decoder.lr, decoder.mask, decoder.kl_weight, decoder.uses_teacher) == (0.05, "none", 0, False)
     assert config.at("tokenizer") == config and config.stages["decoder"].learns == ("decoder.",)
     more, _ = recipes.parse_config("--tokens 128 --sit_steps 5 --sample_steps 9".split())
-    assert (more.patch_size, more.channels, more.tokenizer_steps, more.sit_steps, more.sample_steps) == (2, 4, 1500, 5, 9)
+    assert (more.patch_size, more.channels, more.tokenizer_steps, more.sit_steps, more.sample_steps) == (2, 4, 6000, 5, 9)
     baseline, _ = recipes.parse_config("--recipe kl --local_weight 0.3".split())  # flags win
     assert (baseline.mask, baseline.local_weight, baseline.global_weight, baseline.kl_weight) == ("none", 0.3, 0.0, 1e-6)
 
