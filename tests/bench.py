@@ -301,7 +301,7 @@ def main(arguments: list[str]) -> None:
         for i in range(64):
             Image.fromarray(run.data[i][0].permute(1, 2, 0).numpy()).resize((500, 400)).save(f"{folder}/{i}.jpg")
         report(f"loading 500 x 400 JPEG at {config.image_size} px", load(ImageFolder(folder, config.image_size)), 32, device, peak)
-    if args.preset != "toy":
+    if not flags:
         bench_inception(device, peak)
 
 
