@@ -32,6 +32,7 @@ from align import VITS, ViT, build_heads, build_tokenizer
 from losses import DRAWS, Adversary, Balance
 from plumbing import show
 from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
+from plumbing.images import batch_rows
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
 from plumbing.state import Run, State, draw, frozen_networks, load_stage, moments, official_files, update_ema
@@ -215,19 +216,19 @@ def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
 def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     """Posterior moments of each training image and its mirror image -> latents.npy, once; the tokenizer with their statistics."""
     cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
-    (tokenizer, of), share = trained_tokenizer(run), processes.share(len(items))
+    tokenizer, of = trained_tokenizer(run)
     if not Latents.are_whole(path):
-        place, lists = share.start, [items[i : min(i + 16, share.stop)].tolist() for i in range(share.start, share.stop, 16)]
+        parts = batch_rows(len(items), 16, processes)
+        lists = [items[list(part)].tolist() for part in parts]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
         with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
-            for images, labels in progress(loader(run.data, lists, cfg.workers), "latents", processes):
+            for (images, labels), part in zip(progress(loader(run.data, lists, cfg.workers), "latents", processes), parts):
                 images = to_float(images.to(run.device))
                 posterior = encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
-                mean, std = (part.unflatten(0, (-1, 2)).cpu() for part in (posterior.mean, posterior.std))  # (b, 2, L, C)
-                batch = rows[place : place + len(labels)]
+                mean, std = (moment.unflatten(0, (-1, 2)).cpu() for moment in (posterior.mean, posterior.std))  # (b, 2, L, C)
+                batch = rows[part.start : part.stop]
                 batch["mean"], batch["std"], batch["label"] = mean.numpy(), std.numpy(), labels.numpy()
-                sums += torch.stack([part.double().sum((0, 1, 2)) for part in (mean, mean.square(), std.square())])
-                place += len(labels)
+                sums += torch.stack([moment.double().sum((0, 1, 2)) for moment in (mean, mean.square(), std.square())])
         center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.num_latents)
         spread = (mean_square - center.square() + variance).sqrt()  # law of total variance
         if processes.first:  # written last
@@ -262,7 +263,10 @@ def main(arguments: list[str]) -> None:
     try:
         result = read_json(path) if path.exists() else {}
     except UserError as error:
-        warn(f"{error}; it is only a record, and is written anew", processes)
+        processes.barrier()
+        if processes.first:
+            path.replace(f"{path}.damaged")
+        warn(f"{error}; it is only a record, kept as {path.name}.damaged", processes)
         result = {}
     while stages and stages[0] in result and is_done(run, stages[0]):
         if processes.first:

@@ -89,8 +89,8 @@ class Processes:
         cuda, local = (kind == "cuda") if kind else torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
-            if local >= torch.cuda.device_count():
-                raise OSError(f"process {local} has no GPU of its own")  # perhaps only this one
+            if local >= torch.cuda.device_count():  # perhaps in this process alone
+                raise OSError(f"process {local} has no GPU of its own: there are {torch.cuda.device_count()}")
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU oneDNN for MKL
         torch.backends.cuda.enable_flash_sdp(cuda)  # it rules CPUs too, where oneDNN is slow at its small products

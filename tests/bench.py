@@ -236,14 +236,14 @@ def bench_against(other: str, rounds: int = 5) -> None:
         print(f"{stage:10} {ours:8.1f} images/s here, {theirs:8.1f} there: {ours / theirs:.3f}")
 
 
-def bench_growth() -> None:
-    """The toy's table in a process of its own (its memory, too) for each of some values, everything else as in the first."""
+def bench_growth(words: list[str]) -> None:
+    """The table, with these words, in a process of its own (its memory, too) for each of some values of three flags."""
     for flag, values in (("tokens", (16, 64, 128)), ("image_size", (64, 128)), ("batch", (4, 64))):
         for value in values:
             print(f"\n--{flag} {value}", flush=True)
             flags = {"patch_size": 0 if flag == "tokens" else 4, "channels": 4, "batch": 16} | {flag: value}
-            words = [word for name, number in flags.items() for word in (f"--{name}", str(number))]
-            subprocess.run([sys.executable, __file__, *words], check=True)
+            varied = [word for name, number in flags.items() for word in (f"--{name}", str(number))]
+            subprocess.run([sys.executable, __file__, *varied, *words], check=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -260,7 +260,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--against", metavar="OTHER", help="compare with another checkout instead")
     args, flags = parser.parse_known_args(arguments)
     if args.grow:
-        return bench_growth()
+        return bench_growth([word for word in arguments if word != "--grow"])
     if args.against:
         return bench_against(args.against)
     config, _ = parse_config(["--preset", args.preset, *flags])

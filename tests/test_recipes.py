@@ -22,7 +22,7 @@ STEPS = "--tokenizer_steps 20 --decoder_steps 12 --sit_steps 12 --log_every 2 --
 FAMILY = {  # recipe: flags, the stage in which it is killed
     "maetok": ("", "decoder"),
     "ldetok": ("--tokens 0 --channels 2 --generator lightningdit", "tokenizer"),
-    "aligntok": ("--tokens 0", "joint"),
+    "aligntok": ("--tokens 0 --teacher dinov2_vits14 --lr 1e-4 --decoder_steps 2 --sit_steps 2", "joint"),
 }
 
 
