@@ -34,12 +34,15 @@ def commands() -> list[list[str]]:
     return [words for words in found if words and words[0] in ("python", "torchrun")]
 
 
-def test_the_commands_run_in_order(tmp_path, monkeypatch):
+def test_the_commands_run_in_order(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
+    features = fid.inception_features  # 64 of the 2048, for eigenvalues in no time
+    monkeypatch.setattr(fid, "inception_features", lambda *inputs: features(*inputs)[:, :64])
+    monkeypatch.setattr(fid.InceptionV3, "logits", lambda model, pool3: pool3)
     monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
     make_folder(tmp_path / "photos", 0, 20)
-    for part in ("train", "val"):
-        make_folder(tmp_path / "imagenet" / part, 3, 10)
+    make_folder(tmp_path / "imagenet" / "train", 3, 10)
+    make_folder(tmp_path / "imagenet" / "val", 2, 10)
     inception = OFFICIAL["inception"].file
     weights = official_folder(tmp_path / "weights", inception.removesuffix(".pth"))
     noise = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from reference import ENV, KILL_AFTER_SAVE, PROCESS_COUNT_TOLERANCE, ROOT, TINY, call, close_weights, log_lines
+from reference import ENV, KILL_AFTER_SAVE, PROCESS_COUNT_TOLERANCE, ROOT, TINY, call, close_weights, fill, log_lines
 from reference import same_weights, succeed
 
+import align
 import masking
 import recipes
 import train
@@ -26,11 +27,29 @@ FAMILY = {  # recipe: flags, the stage in which it is killed
 }
 
 
+SMALL_DINOV2 = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import align
+align.VITS["dinov2_vits14"] = (48, 2, 3, 14, 37, 0)
+"""  # narrow and shallow: a checkpoint is of 4 MB in place of 350
+
+
+@pytest.fixture
+def small_dinov2(monkeypatch, tmp_path):
+    """In this process, as SMALL_DINOV2 in others; a folder with its file."""
+    monkeypatch.setitem(align.VITS, "dinov2_vits14", align.VITS["dinov2_vits14"])
+    exec(SMALL_DINOV2)
+    state = {key: fill(key, value.shape) for key, value in align.ViT("dinov2_vits14").state_dict().items()}
+    torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
+    return tmp_path
+
+
 @pytest.mark.parametrize("recipe", FAMILY)
-def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(recipe, images, weights, tmp_path):
+def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(recipe, images, small_dinov2, tmp_path):
     """From nothing to samples; kill -9 in the middle of its own stage, and resumed; on two processes, with accumulation."""
     flags, stage = FAMILY[recipe]
-    words = f"{TINY} {STEPS} --recipe {recipe} {flags} --weights {weights} --data {images}"
+    words = f"{TINY} {STEPS} --recipe {recipe} {flags} --weights {small_dinov2} --data {images}"
     whole, broken, two = (tmp_path / name for name in ("whole", "broken", "two"))
     train.main(f"{words} --out {whole}".split())
     stages = list(recipes.STAGES[recipe])
@@ -38,7 +57,7 @@ def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(
     for name in (*stages, "sit"):
         assert all(np.isfinite(value) for line in log_lines(whole, name) for value in line.values() if not isinstance(value, str))
 
-    script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
+    script = SMALL_DINOV2 + KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
     killed = subprocess.run([sys.executable, "-c", script, *f"{words} --out {broken}".split()], capture_output=True, env=ENV)
     assert killed.returncode == -9 and load_checkpoint(broken / f"{stage}.pt")["step"] == 10
     train.main(f"{words} --out {broken}".split())
@@ -46,7 +65,9 @@ def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(
         same_weights(broken / f"{name}.pt", whole / f"{name}.pt")
     assert (broken / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
 
-    succeed("train.py", words, f"--out {two} --micro_batch 1", processes=2)
+    script = tmp_path / "small.py"
+    script.write_text(SMALL_DINOV2 + "import train\ntrain.command_line(train.main)")
+    succeed(script, words, f"--out {two} --micro_batch 1", processes=2)
     for name in stages[:2]:
         for ours, theirs in zip(log_lines(two, name), log_lines(whole, name), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=10 * PROCESS_COUNT_TOLERANCE)
