@@ -11,6 +11,8 @@ Images are uint8 and go through the official Inception file of FID, resized as T
 with --resize pytorch-fid, as that project does. Results are also cards, in JSON. The metrics are pure functions, in float64.
 """
 
+import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plumbing.data import open_dataset, split, spread, to_float, to_uint8
-from plumbing.images import BATCH, READERS, ImageSet, batch_rows, compare, finish, gather
+from plumbing.data import READERS, ImageSet, open_dataset, split, spread, to_float, to_uint8
 from plumbing.inception import InceptionV3, inception_features, load_inception
-from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error, command_line, progress, read_json, replacing, warn
+from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error, command_line, progress, read_json, replacing
+from plumbing.run import warn, within, write_text
 from plumbing.weights import LPIPS_FILES, at_hand, find_official, load_lpips
 from sample import beside, load_run
 from sit import seeded_noise
+
+BATCH = 50  # images per forward pass; a constant, because other inputs of a pass change the last digits of its outputs
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float = 255.0) -> Tensor:
@@ -129,9 +133,9 @@ def load_evaluator(args: Namespace, processes: Processes) -> tuple[InceptionV3, 
 
 def image_features(images: ImageSet, model: InceptionV3, args: Namespace, processes: Processes) -> Tensor | None:
     """pool3 (N, 2048) of a set's images, on the first process; None elsewhere."""
-    rows = batch_rows(images.count, BATCH, processes)
-    parts = ({"pool3": inception_features(model, images.read(part), args.resize)} for part in rows)
-    return gather(progress(parts, f"features of {images.path}", processes, total=len(rows)), processes).get("pool3")
+    batches = processes.batches(range(images.count), BATCH)
+    parts = ({"pool3": inception_features(model, images.read(rows), args.resize)} for rows in batches)
+    return processes.gather(progress(parts, f"features of {images.path}", processes, total=len(batches))).get("pool3")
 
 
 def moments(path: str, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +144,15 @@ def moments(path: str, features: Tensor) -> tuple[np.ndarray, np.ndarray]:
         warn(f"{path}: {len(features)} images are too few for a full-rank covariance of {features.shape[1]} dimensions; use 50000")
     with as_user_error(f"{path}: "):
         return statistics(features)
+
+
+def finish(card: dict, path: str | Path) -> None:
+    """Write the card, and print its values."""
+    values = {name: value if math.isfinite(value) else None for name, value in card["values"].items()}  # JSON has no infinity
+    write_text(json.dumps(card | {"values": values}, indent=1), path)
+    print(f"{card['command']}: {card['N']} images, reference {card['reference']['path']} ({card['reference']['N']}); wrote {path}")
+    for name, value in card["values"].items():
+        print(f"  {name:30}{value:.4f}")
 
 
 def gfid(args: Namespace, processes: Processes) -> None:
@@ -191,12 +204,11 @@ def rfid(args: Namespace, processes: Processes) -> None:
     run = load_run(args.run, processes.device)
     data = open_dataset(args.data, run.config["image_size"])
     lpips = load_lpips(args.weights).to(processes.device) if at_hand(args.weights, *LPIPS_FILES) else None
-    items = (split(len(data), run.config["eval_images"])[1] if args.held_out else np.arange(len(data))).tolist()
+    items = split(len(data), run.config["eval_images"])[1] if args.held_out else range(len(data))
     if not args.held_out and Path(args.data) == Path(run.config["data"] or "shapes"):
         warn(f"the run was trained on {args.data}; --held_out takes only what that held out", processes)
     parts = []
-    for rows in progress(batch_rows(len(items), BATCH, processes), "reconstructions", processes):
-        chosen = items[rows.start : rows.stop]
+    for chosen in progress(processes.batches(items, BATCH), "reconstructions", processes):
         images = torch.stack([image for image, _ in READERS.map(data.read, chosen)]).to(processes.device)
         part = {"originals": inception_features(model, images, args.resize)}
         posterior = run.tokenizer.encode(to_float(images))
@@ -208,7 +220,7 @@ def rfid(args: Namespace, processes: Processes) -> None:
             if lpips:
                 part[f"lpips_{name}"] = lpips(to_float(copies), to_float(images)).double()
         parts.append({name: x.cpu() for name, x in part.items()})
-    found = gather(parts, processes)
+    found = processes.gather(parts)
     if processes.first:
         real = moments(args.data, found.pop("originals"))
         values = {name: x.mean().item() if x.ndim == 1 else frechet_distance(*statistics(x), *real) for name, x in found.items()}
@@ -224,11 +236,11 @@ def probe(args: Namespace, processes: Processes) -> None:
     if len(data.classes) < 2 or len(data) < 20:
         raise UserError(f"{args.data} has {len(data)} images in {len(data.classes)} classes; 20 in 2 are the least")
     parts = []
-    for rows in progress(batch_rows(len(data), BATCH, processes), "latents", processes):
+    for rows in progress(processes.batches(range(len(data)), BATCH), "latents", processes):
         images, labels = zip(*READERS.map(data.read, rows))
         posterior = run.tokenizer.encode(to_float(torch.stack(images).to(processes.device)))
         parts.append({"latents": posterior.mean.flatten(1).cpu(), "labels": torch.tensor(labels)})
-    found = gather(parts, processes)
+    found = processes.gather(parts)
     if processes.first:
         train, test = split(len(data), len(data))
         x, y = found["latents"].to(processes.device), found["labels"].to(processes.device)
@@ -239,6 +251,29 @@ def probe(args: Namespace, processes: Processes) -> None:
         finish(card | about, args.card or beside(args.run, "probe.json"))
 
 
+def compare(args: Namespace, processes: Processes) -> None:
+    """Any number of result cards in one table; which are not comparable with the first, and why."""
+    samplers, columns, protocols = [], [], []
+    for path in args.cards:
+        card = read_json(path)
+        with as_user_error(f"{path} is not a result card of fid.py: "):
+            samplers.append({name: str(value) for name, value in (card.get("sampler") or {}).items()})
+            values = {name: "infinite" if value is None else f"{value:.4f}" for name, value in card["values"].items()}
+            columns.append(samplers[-1] | values)
+            about = {"command": card["command"], "N": card["N"], "reference": card["reference"].get("hash")}
+            protocols.append(about | card["protocol"])
+    print(" " * 30 + "".join(f"{Path(path).stem:>20.19}" for path in args.cards))
+    for name in dict.fromkeys(name for column in columns for name in column):
+        cells = [column.get(name, "-") for column in columns]
+        if name not in samplers[0] or len(set(cells)) > 1:  # settings that all share are left out
+            print(f"{name:30}" + "".join(f"{cell:>20.19}" for cell in cells))
+    first = protocols[0]
+    for path, other in zip(args.cards, protocols):
+        unlike = [name for name in first | other if first.get(name) != other.get(name)]
+        why = "; ".join(f"{name} is {str(first.get(name))[:16]} and {str(other.get(name))[:16]}" for name in unlike)
+        print(f"{path} is not comparable with {args.cards[0]}: {why}" if why else f"{path}: comparable")
+
+
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
@@ -247,12 +282,12 @@ def main(arguments: list[str]) -> None:
         "cards": dict(nargs="+"),
         "--weights": dict(default="", metavar="FOLDER", help="with Inception's file (default: torch hub's cache, filled)"),
         "--resize": dict(default="tf1", choices=("tf1", "pytorch-fid"), help="convention (default: tf1, as ADM)"),
-        "--image_size": dict(type=int, default=0, metavar="S", help="centre-crop the images of folders to S px, as training does"),
+        "--image_size": dict(type=within(int, 0), default=0, metavar="S", help="crop images of folders to S px, as training does"),
         "--card": dict(default="", metavar="FILE", help="result to write (default: beside the samples, or in the run)"),
         "--data": dict(default="shapes", help='folder of images, all are used (default: "shapes", the built-in ones)'),
         "--held_out": dict(action="store_true", help="only the images that training on this folder held out"),
         "--device": dict(choices=DEVICES, help="default: cuda where there is one, else cpu"),
-        "--seed": dict(type=int, default=0, metavar="SEED", help="of the sampled latents"),
+        "--seed": dict(type=within(int, 0), default=0, metavar="SEED", help="of the sampled latents"),
     }
     for command, names in (
         (gfid, "samples reference --weights --resize --image_size --card --device"),
@@ -266,9 +301,6 @@ def main(arguments: list[str]) -> None:
         for name in names.split():
             sub.add_argument(name, **settings.get(name, {}))
     args = parser.parse_args(arguments)
-    for name in ("seed", "image_size"):
-        if getattr(args, name, 0) < 0:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
     processes = Processes.start(getattr(args, "device", None))
     torch.set_float32_matmul_precision("highest")  # no TF32
     args.run_command(args, processes)

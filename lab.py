@@ -26,7 +26,7 @@ import train
 from fid import linear_probe
 from plumbing.data import open_dataset, split, spread, to_float
 from plumbing.run import Parser, Processes, UserError, as_user_error, command_line, load_checkpoint, progress, read_json
-from plumbing.run import replacing, save_checkpoint, warn, write_text
+from plumbing.run import replacing, save_checkpoint, warn, within, write_text
 from plumbing.state import COLLAPSED
 from recipes import RECIPES, parse_config
 from sample import load_run, reconstruct
@@ -99,18 +99,18 @@ def measure(folder: Path, device: torch.device) -> dict[str, float]:
     """
     run = load_run(folder, device)
     tokenizer, (images, labels, held) = run.tokenizer, read_images(run.config)
-    posteriors = [tokenizer.encode(to_float(part.to(device))) for part in images.split(64)]
-    mean, std = (torch.cat([getattr(each, name).flatten(1).cpu() for each in posteriors]) for name in ("mean", "std"))
-    kl = torch.cat([each.kl().mean(1).cpu() for each in posteriors])
-    z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    parts = [tokenizer.encode(to_float(part.to(device))) for part in images.split(64)]
+    posterior = type(parts[0])(*(torch.cat(values).cpu() for values in zip(*parts)))
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    mean, z = posterior.mean.flatten(1), posterior.sample(noise).flatten(1)
     (fitted, tested), shown = split(len(z), len(z)), images[held[spread(len(held), 8)]]
     u, scales = torch.linalg.svd(mean[tested] - mean[tested].mean(0), full_matrices=False)[:2]
     classes = [name for label, name in enumerate(run.classes) if label in labels[tested]]
     views = {"components": u[:, :2] * scales[:2], "labels": labels[tested], "classes": classes}
     save_checkpoint(views | {"originals": shown, "reconstructions": reconstruct(tokenizer, shown)}, folder / "views.pt")
-    numbers = {"kl_per_token": kl[held].mean().item()} if std.any() else {}  # a point has none
-    numbers |= {"active_units": (mean[held].var(0) > 0.01).double().mean().item()}
-    return numbers | {"probe": linear_probe(z[fitted], labels[fitted], z[tested], labels[tested])}
+    kl = {"kl_per_token": posterior.kl()[held].mean().item()} if posterior.std.any() else {}  # a point has none
+    active = (mean[held].var(0) > 0.01).double().mean().item()
+    return kl | {"active_units": active, "probe": linear_probe(z[fitted], labels[fitted], z[tested], labels[tested])}
 
 
 def read_cell(cell: Cell) -> dict | None:
@@ -247,15 +247,13 @@ def main(arguments: list[str]) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
-    add("--seeds", type=int, default=3, help="of every cell (default: 3)")
-    add("--steps", type=int, help="of the tokenizer, and as many of SiT")
+    add("--seeds", type=within(int, 1), default=3, help="of every cell (default: 3)")
+    add("--steps", type=within(int, 1), help="of the tokenizer, and as many of SiT")
     add("--out", help="folder (default: lab, with --quick lab_quick)")
     add("--only", default="", help="cells with this in their names")
     for flag, about in ("quick", "few cells and steps, one seed"), ("plan", "say what would run"), ("draw", "only draw again"):
         add(f"--{flag}", action="store_true", help=about)
     args, extra = parser.parse_known_args(arguments)
-    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
-        raise UserError("--seeds and --steps must be at least 1")
     name, out = args.experiment, Path(args.out or ("lab_quick" if args.quick else "lab"))
     cells = [cell for cell in plan(name, out, args.seeds, args.quick, args.steps, extra) if args.only in cell.name]
     runs = [read_cell(cell) for cell in cells]

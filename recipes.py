@@ -20,13 +20,12 @@ import torch
 
 from align import TEACHERS, VITS, build_tokenizer
 from masking import MASKS
-from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error
+from plumbing.run import DEVICES, Parser, Processes, UserError, as_user_error, within
 from sit import GENERATORS
 from sit import SIZES as SIT_SIZES
 from tokenizer import POSTERIORS, SIZES
 
 METHODS = ("mactok", "maetok", "ldetok", "aligntok", "kl", "ae")
-DINOV2 = tuple(name for name in VITS if name.startswith("dinov2"))
 
 
 def arg(default, help: str, source: str = "ours", least=None, most=math.inf, choices=None, fixes="all"):
@@ -62,7 +61,7 @@ class Config:
     size: str = arg("toy", "of encoder and decoder", "paper 4.1: B; S, BL", choices=SIZES)
     posterior: str = arg("gaussian", "or point: no noise, no KL", "paper 3.1", choices=POSTERIORS)
     encoder_init: str = arg("none", "DINOv2 that the encoder starts from; teacher = the teacher is the encoder", "paper 4.1",
-                            choices=("none", "teacher", *DINOV2))
+                            choices=("none", "teacher", *(name for name in VITS if name.startswith("dinov2"))))
     teacher: str = arg("hog", "for alignment and semantic masks", "paper 4.1: DINOv2; ViT-B ours", choices=TEACHERS)
     mask: str = arg("mixed", "or latent, the paper's failing ablation", "paper 3.2", choices=MASKS)
     mask_ratio: float = arg(0.4, "M in m = max(0, U(least, M))", "paper 4.1: 0.7", least=0, most=1)
@@ -223,20 +222,6 @@ STAGES = {name: {"tokenizer": Stage(), "decoder": DECODER} for name in RECIPES} 
 # fmt: on
 
 
-def within(about: dict, kind: type):
-    """What argparse reads a value with: the field's type, within the field's bounds."""
-
-    def read(text: str):
-        value = kind(text)
-        if about["least"] is not None and not (about["least"] <= value <= about["most"] and value < math.inf):
-            upper = f" and at most {about['most']}" if about["most"] < math.inf else ""
-            raise argparse.ArgumentTypeError(f"is {text}; it must be at least {about['least']}{upper}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse says it: "invalid int value"
-    return read
-
-
 def parse_config(arguments: list[str]) -> tuple[Config, argparse.Namespace]:
     """Command line -> resolved config, and what is no part of it: preset, stage, dry_run, device, precision, compile.
 
@@ -251,9 +236,8 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.Namespace]:
     add("--precision", choices=("bf16", "float32"), help="of matrix products (default: bf16 on GPUs that have it)")
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
     for f in fields(Config):
-        about, choices = f.metadata, {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
-        text = f"{about['help']} [{about['source']}] {f.default}"
-        add(f"--{f.name}", default=None, help=text, type=within(about, f.type), **choices)
+        about, reader = f.metadata, within(f.type, f.metadata["least"], f.metadata["most"])
+        add(f"--{f.name}", help=f"{about['help']} [{about['source']}] {f.default}", type=reader, choices=about["choices"])
     options = parser.parse_args(arguments)
     given = {f.name: vars(options)[f.name] for f in fields(Config) if vars(options)[f.name] is not None}
     options.preset = options.preset or ("b256" if "data" in given else "toy")
@@ -266,15 +250,11 @@ def parse_config(arguments: list[str]) -> tuple[Config, argparse.Namespace]:
     config = Config(**PRESETS[options.preset] | RECIPES[recipe] | full | given)
     if options.stage not in (stages := ("all", *config.stages, "latents", "sit")):
         raise UserError(f"--stage {options.stage}: recipe {config.recipe} has the stages {', '.join(stages)}")
-    if config.patch_size == 0:
-        config = replace(config, patch_size=largest_patch(config.image_size, config.tokens))
+    if config.patch_size == 0:  # the largest power of two up to an eighth of the image, for which L divides N; 1 if there is none
+        sizes = [1 << k for k in range(10) if config.image_size % (1 << k) == 0 and 8 << k <= config.image_size]
+        fitting = [p for p in sizes if (config.image_size // p) ** 2 % max(1, config.tokens) == 0]
+        config = replace(config, patch_size=max(fitting, default=1))
     return config, options
-
-
-def largest_patch(image_size: int, tokens: int) -> int:
-    """The largest power of two p, up to an eighth of the image, for which L divides N = (image_size / p)^2; 1 if there is none."""
-    candidates = [1 << k for k in range(10) if image_size % (1 << k) == 0 and 8 << k <= image_size]
-    return max((p for p in candidates if (image_size // p) ** 2 % max(1, tokens) == 0), default=1)
 
 
 def check_config(config: Config, processes: Processes) -> None:

@@ -15,7 +15,6 @@ FILE.json: the sampler's settings, and stage, step and hash of what made it. Fro
 """
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from align import build_tokenizer
 from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
 from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
-from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, write_text
+from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, within, write_text
 from recipes import STAGES
 from sit import GENERATORS, SiT, check_sampler, sample, seeded_noise
 from tokenizer import Tokenizer
@@ -127,18 +126,15 @@ def write_grid(run: TrainedRun, classes: list[int], columns: int, path: Path, se
 
 def write_npz(run: TrainedRun, classes: list[int], count: int, batch: int, path: Path, processes: Processes, **settings) -> None:
     """Exactly `count` samples by all processes, classes in turn -> path with arr_0 uint8 (N, S, S, 3), arr_1 int64 labels (N,)."""
-    side, mine = run.config["image_size"], processes.share(count)
-    images, labels = path.with_name(f"{path.name}.{processes.launch}.npy"), np.array(classes)[np.arange(count) % len(classes)]
+    side, images = run.config["image_size"], path.with_name(f"{path.name}.{processes.launch}.npy")
+    labels = np.array(classes)[np.arange(count) % len(classes)]
     with shared_array(images, (count, side, side, 3), np.uint8, processes) as rows:
-        for start in progress(range(mine.start, mine.stop, batch), "samples", processes):
-            part = range(start, min(start + batch, mine.stop))
+        for part in progress(processes.batches(range(count), batch), "samples", processes):
             rows[part] = generate(run, torch.from_numpy(labels[part]), list(part), **settings).permute(0, 2, 3, 1).numpy()
     if processes.first:
         try:
-            with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # as numpy.savez, without the memory
-                archive.write(images, "arr_0.npy")
-                with archive.open("arr_1.npy", "w") as entry:
-                    np.lib.format.write_array(entry, labels)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, np.load(images, mmap_mode="r"), labels)
         finally:
             images.unlink()
 
@@ -148,11 +144,10 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
     if not names and text:
         raise UserError(f"--classes {text}: this run was trained without classes")
     labels = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
-    words = [word for word in text.split(",") if word]
-    for word in words:
-        if word not in labels:
-            raise UserError(f"--classes: {word!r} is neither a class name nor a label in 0..{len(names) - 1}")
-    return [labels[word] for word in words] or list(range(max(1, len(names))))
+    try:
+        return [labels[word] for word in text.split(",") if word] or list(range(max(1, len(names))))
+    except KeyError as word:
+        raise UserError(f"--classes: {word} is neither a class name nor a label in 0..{len(names) - 1}") from None
 
 
 def main(arguments: list[str]) -> None:
@@ -161,24 +156,21 @@ def main(arguments: list[str]) -> None:
     add("run", help="the folder that train.py --out made, or an exported file")
     add("--out", default="", help="file to write (default: samples.png, samples.npz or reconstructions.png beside the run)")
     add("--classes", default="", help="labels or names, separated by commas (default: all; the first 10 in a grid)")
-    add("--columns", type=int, default=8, help="images per row of a grid")
+    add("--columns", type=within(int, 1), default=8, help="images per row of a grid")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--npz", type=int, default=0, metavar="N", help="write N samples, classes in turn, instead of a grid")
+    what.add_argument("--npz", type=within(int, 0), default=0, metavar="N", help="write N samples, classes in turn; no grid")
     what.add_argument("--reconstruct", default="", metavar="FOLDER", help='show reconstructions of its images, or of "shapes"')
     what.add_argument("--export", default="", metavar="FILE", help="write the averaged models alone")
-    add("--batch_size", type=int, default=64, help="samples per forward with --npz")
+    add("--batch_size", type=within(int, 1), default=64, help="samples per forward with --npz")
     add("--solver", help="sde, heun or euler (default: the generator's; config: SiT sde, LightningDiT euler)")
     add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
     add("--guidance", type=float, help="scale (default: the run's; 1 = none; paper: 2.3 / 2.4 for 128 / 64 tokens)")
     add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide only for t in it (config: REPA's 0 0.7)")
     add("--shift", type=float, help="of the time steps of heun and euler (default: the generator's own)")
     add("--guide", default="", metavar="RUN", help="a weaker run on the same latents, for autoguidance (MAETok 4.5)")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=within(int, 0), default=0, help="of the noise")
     add("--device", choices=DEVICES, help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
-    for name, least in (("columns", 1), ("batch_size", 1), ("npz", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     processes = Processes.start(args.device)
     run = load_run(args.run, processes.device)
     name = "reconstructions.png" if args.reconstruct else "samples.npz" if args.npz else "samples.png"

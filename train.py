@@ -32,7 +32,6 @@ from align import VITS, ViT, build_heads, build_tokenizer
 from losses import DRAWS, Adversary, Balance
 from plumbing import show
 from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
-from plumbing.images import batch_rows
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
 from plumbing.state import Run, State, draw, frozen_networks, load_stage, moments, official_files, update_ema
@@ -62,7 +61,7 @@ def train_on_images(run: Run, stage: str) -> dict:
     networks = dict(model=tokenizer, heads=heads, adversary=adversary, balance=balance, ema=ema)
     state = State(run, stage, networks, optimizers, of)
     encode, decode, compare, judge = map(state.parallel, (tokenizer.encoder, tokenizer.decoder, heads, adversary))
-    pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.rows(cfg.batch_size)
+    pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.processes.share(cfg.batch_size)
     loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows), cfg.workers))
     uniform = {"flip": (), "ratio": (), "coin": (), "order": (cfg.num_patches,), "augment": (4, DRAWS), "tau": ()}
     normal = dict.fromkeys(("noise", "eps"), (cfg.num_latents, cfg.channels))
@@ -130,7 +129,7 @@ def train_sit(run: Run) -> dict:
     optimizers = {"model": adamw([sit], betas=sit.betas, weight_decay=0.0)}
     state = State(run, "sit", {"model": sit, "ema": ema}, optimizers, latents.seal["stamp"], {"tokenizer": tokenizer.state_dict()})
     velocity = state.parallel(sit)
-    pieces, rows = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes), run.rows(cfg.sit_batch_size)
+    pieces, rows = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes), run.processes.share(cfg.sit_batch_size)
     uniform, shape = {"flip": (), "drop": (), "t": ()}, (cfg.num_latents, cfg.channels)
 
     for step in state.steps():
@@ -218,8 +217,8 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
     tokenizer, of = trained_tokenizer(run)
     if not Latents.are_whole(path):
-        parts = batch_rows(len(items), 16, processes)
-        lists = [items[list(part)].tolist() for part in parts]
+        parts = processes.batches(range(len(items)), 16)
+        lists = [items[part].tolist() for part in parts]
         sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
         with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
             for (images, labels), part in zip(progress(loader(run.data, lists, cfg.workers), "latents", processes), parts):

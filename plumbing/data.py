@@ -2,9 +2,11 @@
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +17,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from plumbing.run import Processes, UserError, as_user_error, read_json, replacing, warn
+from plumbing.run import Processes, UserError, as_user_error, file_hash, read_json, replacing, warn
 from plumbing.shapes import Shapes
 
+READERS = ThreadPoolExecutor()
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 OF_A_RUN = {"log.jsonl", "tokenizer.pt"}  # a folder that holds one of them is a run's: its pictures are no data
 
@@ -61,11 +64,6 @@ def read_image(path: str | Path, size: int = 0) -> Image.Image:
         raise OSError(f"{path} is not a readable image: {error}") from error
 
 
-def image_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 class ImageFolder(Dataset):
     """Images in one sub-folder per class, or flat. item: uint8 (3, size, size), label (flat: 0). UserError if there are none."""
 
@@ -89,7 +87,8 @@ class ImageFolder(Dataset):
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """The item, or OSError."""
-        return image_tensor(read_image(self.paths[index], self.size)), self.labels[index]
+        pixels = np.array(read_image(self.paths[index], self.size))  # (H, W, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The item, or the next readable one in its place; OSError when over 1 % of the files turned out unreadable."""
@@ -178,6 +177,57 @@ def write_image(rows: Tensor, path: str | Path, min_side: int = 64) -> None:
     image = ImageOps.scale(Image.fromarray(pixels.numpy()), zoom, Image.Resampling.NEAREST)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+class ImageSet:
+    """A folder of images, cropped as in training to `image_size` or else of one size; or an .npz of arr_0 uint8 (N, H, W, 3), of
+    mu (D,) and sigma (D, D), or of both, as ADM's references. `count` images or 0, `moments` mu and sigma or None, `made` what
+    is stored beside them: N, hash, resize, weights. Raises UserError and OSError, naming the file."""
+
+    def __init__(self, path: str, image_size: int):
+        self.path, self.count, self.moments, self.made = path, 0, None, {}
+        self.folder = ImageFolder(path, image_size) if Path(path).is_dir() else None
+        if self.folder:
+            self.count, self.shape = len(self.folder), self.folder.read(0)[0].shape
+            return
+        with as_user_error(f"{path} cannot be read: "):  # whatever numpy, zipfile and zlib say of a damaged one
+            archive = np.lib.npyio.NpzFile(path)
+            if "arr_0" in archive:
+                self.pixels = archive.zip.open("arr_0.npy")
+                np.lib.format.read_magic(self.pixels)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.pixels)
+                if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
+                    raise ValueError(f"arr_0 is {dtype} {shape}; images must be uint8 (N, H, W, 3), values 0 to 255")
+                self.count, self.shape, self.start = shape[0], shape[1:], self.pixels.tell()
+            if "mu" in archive and "sigma" in archive:
+                mu, sigma = (np.asarray(archive[name], float) for name in ("mu", "sigma"))
+                if mu.ndim != 1 or not mu.size or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
+                    raise ValueError(f"mu is {mu.shape} and sigma {sigma.shape}; they must be finite, of shapes (D,) and (D, D)")
+                self.moments = mu, sigma
+                self.made = {name: archive[name].item() for name in ("N", "hash", "resize", "weights") if name in archive}
+            if not self.count and not self.moments:
+                raise ValueError(f"it has neither arr_0 nor mu and sigma, but {', '.join(archive) or 'nothing'}")
+
+    def read(self, rows: range) -> Tensor:
+        """-> uint8 (b, 3, H, W). Rows in rising order read an archive once, and it never lies in memory."""
+        if self.folder:
+            images = [image for image, _ in READERS.map(self.folder.read, rows)]
+            if {image.shape for image in images} != {self.shape}:
+                raise OSError(f"{self.path} has images of several sizes; --image_size S crops them alike")
+            return torch.stack(images)
+        try:
+            size = math.prod(self.shape)
+            self.pixels.seek(self.start + rows.start * size)
+            pixels = np.frombuffer(self.pixels.read(len(rows) * size), np.uint8).reshape(len(rows), *self.shape)
+        except Exception as error:  # no UserError, which only the first process would say
+            raise OSError(f"{self.path} is damaged: {error}") from error
+        return torch.tensor(pixels).permute(0, 3, 1, 2)
+
+    def record(self) -> dict:
+        """The set on a card; of stored statistics, the images that they were made of."""
+        crop = f", cropped to {self.folder.size}" if self.folder and self.folder.size else ""
+        digest = self.folder.stamp + crop if self.folder else file_hash(self.path)
+        return {"path": self.path, "N": self.count or None, "hash": digest} | self.made
 
 
 @contextmanager

@@ -5,9 +5,11 @@ import ctypes
 import difflib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +76,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
 
 
+def within(kind: type, least: float | None = None, most: float = math.inf):
+    """What argparse reads a value with: a type, and bounds if it is a number."""
+
+    def read(text: str):
+        value = kind(text)
+        if least is not None and not (least <= value <= most and value < math.inf):
+            upper = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"is {text}; it must be at least {least}{upper}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says it: "invalid int value"
+    return read
+
+
 @dataclass(frozen=True)
 class Processes:
     """Where this process stands among those of torchrun. One process needs no environment at all."""
@@ -109,9 +125,14 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """This process's part of range(count): contiguous, sizes differing by at most one."""
-        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+    def share(self, count: int) -> slice:
+        """This process's part of `count` rows: contiguous, sizes differing by at most one."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def batches(self, items: Sequence, size: int) -> list[Sequence]:
+        """This process's part of the items in batches, whose borders do not depend on the process count."""
+        every = [items[start : start + size] for start in range(0, len(items), size)]
+        return every[self.share(len(every))]
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world > 1:
@@ -125,6 +146,14 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def gather(self, parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Each process's parts {name: (b, ...)} in the order of the ranks -> {name: (N, ...)} on the first one, {} elsewhere."""
+        every = [list(parts)] * self.world
+        if self.world > 1:
+            dist.gather_object(every[0], every if self.first else None)
+        parts = sum(every, []) if self.first else []
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def progress(steps, label: str, processes: Processes, **settings) -> tqdm:

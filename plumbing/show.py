@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import masking
 from align import HOG, build_tokenizer
 from fid import frechet_distance, psnr, ssim, statistics
-from plumbing.data import loader, spread, to_float, write_image
-from plumbing.images import batch_rows, gather
+from plumbing.data import spread, to_float, write_image
 from plumbing.inception import inception_features
 from plumbing.run import Processes, file_hash
 from plumbing.state import Run
@@ -28,65 +27,55 @@ from sit import GENERATORS
 from tokenizer import Tokenizer
 
 
-def distance_features(run: Run) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """What a Frechet distance is called, and its features of uint8 images (b, 3, S, S) -> (b, D).
-
-    fid_N where the official Inception file is at hand, N the held-out images; else HOG features of a 4 x 4 grid, which are no FID.
-    """
-    if run.inception is not None:
-        return f"fid_{len(run.eval_items)}", lambda images: inception_features(run.inception, images)
-    hog = HOG(4)
-    return "hog_frechet_distance", lambda images: hog(to_float(images))[1].flatten(1)
-
-
-def held_out_batches(run: Run) -> Iterator[Tensor]:
-    """This process's held-out images, uint8 (b, 3, S, S)."""
-    lists = [run.eval_items[list(rows)].tolist() for rows in batch_rows(len(run.eval_items), 64, run.processes)]
-    yield from (images for images, _ in loader(run.data, lists, 0))
-
-
 def held_out(run: Run, count: int) -> Tensor:
     """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
-    return torch.stack([run.data[int(i)][0] for i in run.eval_items[spread(len(run.eval_items), count)]])
+    return torch.stack([run.data[i][0] for i in run.eval_items[spread(len(run.eval_items), count)]])
+
+
+def against_held_out(run: Run, make: Callable[[Tensor, range], Tensor], *metrics: Callable) -> dict[str, float]:
+    """Held-out images against make(images, their places), by all processes: means of metrics, and a Frechet distance.
+
+    It is called fid_N where the official Inception file is at hand, N the held-out images; else it is one of HOG features of a
+    4 x 4 grid, which is no FID. On other processes than the first {}.
+    """
+    hog, count, parts = HOG(4), len(run.eval_items), []
+
+    def features(images: Tensor) -> Tensor:
+        return inception_features(run.inception, images) if run.inception else hog(to_float(images))[1].flatten(1)
+
+    for rows in run.processes.batches(range(count), 64):
+        images = torch.stack([run.data[i][0] for i in run.eval_items[rows]])
+        copies = make(images, rows)
+        part = {metric.__name__: metric(images, copies) for metric in metrics}
+        parts.append(part | {"originals": features(images), "copies": features(copies)})
+    if not (found := run.processes.gather(parts)):
+        return {}
+    distance = frechet_distance(*statistics(found.pop("copies")), *statistics(found.pop("originals")))
+    numbers = {name: values.mean().item() for name, values in found.items()}
+    numbers[f"fid_{count}" if run.inception else "hog_frechet_distance"] = distance
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 @torch.no_grad()
 def reconstruction_quality(tokenizer: Tokenizer, run: Run) -> dict:
     """Held-out images against their reconstructions from the posterior mean: PSNR (dB), SSIM, distance; reconstructions.png."""
-    name, features = distance_features(run)
-
-    def parts() -> Iterator[dict[str, Tensor]]:
-        for x in held_out_batches(run):
-            copies = reconstruct(tokenizer, x)
-            yield {"psnr": psnr(x, copies), "ssim": ssim(x, copies), "originals": features(x), "copies": features(copies)}
-
-    found = gather(parts(), run.processes)
-    if not found:
-        return {}
-    rows = held_out(run, 20)[: len(run.eval_items) // 2 * 2].unflatten(0, (2, -1))  # two pairs of rows, originals above
-    pairs = [row for images in rows for row in (images, reconstruct(tokenizer, images))]
-    write_image(torch.stack(pairs), run.path("reconstructions.png"))
-    distance = frechet_distance(*statistics(found["copies"]), *statistics(found["originals"]))
-    numbers = {"psnr": found["psnr"].mean().item(), "ssim": found["ssim"].mean().item(), name: distance}
-    return {key: round(value, 4) for key, value in numbers.items()} | {"held_out_images": len(found["psnr"])}
+    if run.processes.first:
+        rows = held_out(run, 20)[: len(run.eval_items) // 2 * 2].unflatten(0, (2, -1))  # two pairs of rows, originals above
+        pairs = [row for images in rows for row in (images, reconstruct(tokenizer, images))]
+        write_image(torch.stack(pairs), run.path("reconstructions.png"))
+    numbers = against_held_out(run, lambda images, rows: reconstruct(tokenizer, images), psnr, ssim)
+    return numbers | {"held_out_images": len(run.eval_items)}
 
 
 @torch.no_grad()
 def sample_quality(sit: nn.Module, tokenizer: Tokenizer, run: Run) -> dict:
     """samples.png, 8 of each of the first 10 classes; and as many samples as held-out images against those: their distance."""
     trained = TrainedRun(asdict(run.config), list(run.data.classes), tokenizer, sit)
-    settings, (name, features) = {"seed": run.config.seed, **trained.sampler()}, distance_features(run)
-    labels = torch.arange(len(run.eval_items)) % max(1, len(trained.classes))
+    settings, classes = {"seed": run.config.seed, **trained.sampler()}, list(range(max(1, len(trained.classes))))
     if run.processes.first:
-        write_grid(trained, list(range(max(1, len(trained.classes))))[:10], 8, run.path("samples.png"), **settings)
-    mine = batch_rows(len(labels), 64, run.processes)
-    parts = ({"samples": features(generate(trained, labels[list(rows)], list(rows), **settings))} for rows in mine)
-    samples = gather(parts, run.processes)
-    originals = gather(({"originals": features(images)} for images in held_out_batches(run)), run.processes)
-    if not samples:
-        return {}
-    distance = frechet_distance(*statistics(samples["samples"]), *statistics(originals["originals"]))
-    return {"sampler": settings, name: round(distance, 4), "samples": len(labels)}
+        write_grid(trained, classes[:10], 8, run.path("samples.png"), **settings)
+    numbers = against_held_out(run, lambda _, rows: generate(trained, torch.tensor(rows) % len(classes), list(rows), **settings))
+    return {"sampler": settings} | numbers | {"samples": len(run.eval_items)}
 
 
 @torch.no_grad()

@@ -58,11 +58,6 @@ class Run:
     def path(self, name: str) -> Path:
         return Path(self.config.out) / name
 
-    def rows(self, batch: int) -> slice:
-        """This process's rows of a global batch."""
-        share = self.processes.share(batch)
-        return slice(share.start, share.stop)
-
     def ready(self, network: nn.Module) -> Callable:
         """The call of a network, in bf16 and with compiled blocks if asked for; weights and losses stay in float32."""
         for module in network.modules() if self.compile else ():
@@ -85,7 +80,7 @@ def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dic
     A process keeps its rows of each: so a resumed run equals an unbroken one, and the process count changes nothing.
     """
     seed = np.random.SeedSequence([run.config.seed, zlib.crc32(stage.encode()), step]).generate_state(1, np.uint64)[0]
-    generator, rows = torch.Generator(run.device).manual_seed(int(seed)), run.rows(batch)
+    generator, rows = torch.Generator(run.device).manual_seed(int(seed)), run.processes.share(batch)
 
     def rows_of(sample: Callable, shapes: dict[str, tuple]) -> dict[str, Tensor]:
         return {name: sample(batch, *shape, generator=generator, device=run.device)[rows] for name, shape in shapes.items()}

@@ -5,8 +5,6 @@
     python tests/bench.py --preset b256 --batch 32 --compile --tokens 64     # any flag of train.py
     python tests/bench.py --grow                       # the toy with more tokens, larger images, other batches
     python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
-    python tests/bench.py --damage FOLDER              # Frechet distance of its images to damaged copies
-    python tests/bench.py --against OTHER              # steps per second of this tree and of another checkout, in turns
 
 Training steps are those of train.py's own loops. The official networks take part with random weights where their files are not
 at hand: their values do not change the speed. FLOPs are counted by PyTorch (matrix products and convolutions, 2 per
@@ -14,13 +12,11 @@ multiply-add). The peak is the best of some matrix products in the precision of 
 busy machine compare shares, not times.
 """
 
-import io
 import json
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,19 +27,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from align import build_tokenizer
-from fid import frechet_distance, precision_recall, statistics
+from fid import BATCH, frechet_distance, precision_recall, statistics
 from losses import DRAWS, Adversary
-from plumbing.data import ImageFolder, Latents, batch_indices, center_crop, image_tensor, loader, read_image
-from plumbing.images import BATCH
-from plumbing.inception import InceptionV3, inception_features, load_inception
-from plumbing.run import Parser, Processes, command_line, progress, write_text
+from plumbing.data import ImageFolder, Latents, batch_indices, loader
+from plumbing.inception import InceptionV3, inception_features
+from plumbing.run import Parser, Processes, command_line, write_text
 from plumbing.state import Run, peak_memory
-from plumbing.weights import OFFICIAL
 from recipes import PRESETS, parse_config
 from sit import GENERATORS, sample, seeded_noise
 
@@ -155,15 +149,9 @@ def bench_terms(run: Run, batch: int, peak: float) -> None:
         report("  discriminator's loss and the decoder's", step, batch, device, peak)
 
 
-def random_inception(device: torch.device) -> InceptionV3:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        torch.save(InceptionV3().state_dict(), f"{folder}/{OFFICIAL['inception'].file}")
-        return load_inception(folder, device)
-
-
 def bench_inception(device: torch.device, peak: float) -> None:
-    model, images = random_inception(device), torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    model = InceptionV3().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    images = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
     report(f"Inception features, 256 px, batch {BATCH}", lambda: inception_features(model, images), BATCH, device, peak)
 
 
@@ -181,59 +169,6 @@ def bench_fid(device: torch.device, samples: int) -> None:
     seconds = once(lambda: precision_recall(real.to(device), fake.to(device)), device)
     memory = peak_memory(device) / 1e9
     print(f"precision and recall, {samples:,} against 10,000 x 2048: {seconds:.1f} s, peak memory {memory:.1f} GB")
-
-
-def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
-
-
-def blur(image: Image.Image, radius: int) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius))
-
-
-def noise(image: Image.Image, sigma: int) -> Image.Image:
-    rng = np.random.default_rng(zlib.crc32(image.tobytes()))
-    noisy = np.asarray(image) + rng.normal(0, sigma, (*image.size[::-1], 3))
-    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
-
-
-DAMAGES = [(jpeg, 50), (jpeg, 25), (jpeg, 10), (blur, 1), (blur, 2), (blur, 4), (noise, 10), (noise, 25), (noise, 50)]
-
-
-def bench_damage(folder: str, weights: str, processes: Processes) -> None:
-    """Frechet distance of a folder's 256-px crops to damaged copies: it should grow with the damage."""
-    model = load_inception(weights, processes.device) if weights else random_inception(processes.device)
-    files, found = ImageFolder(folder, 256).paths, {}
-    for start in progress(range(0, len(files), 50), "features", processes):
-        crops = [center_crop(read_image(file), 256) for file in files[start : start + 50]]
-        for damage, amount in [(None, 0), *DAMAGES]:
-            copies = torch.stack([image_tensor(damage(crop, amount) if damage else crop) for crop in crops])
-            found.setdefault((damage, amount), []).append(inception_features(model, copies))
-    originals = statistics(torch.cat(found[None, 0]))
-    print(f"{len(files)} images; Inception weights: {'from ' + weights if weights else 'random'}")
-    for (damage, amount), parts in found.items():
-        distance = frechet_distance(*statistics(torch.cat(parts)), *originals)
-        print(f"{damage.__name__ if damage else 'unchanged':10} {amount:3} {distance:12.4g}", flush=True)
-
-
-def bench_against(other: str, rounds: int = 5) -> None:
-    """Step times of the toy's two loops here and in another checkout, in turns, from what each run logs."""
-    trees, found = {"this tree": ROOT, other: Path(other).resolve()}, {}
-    for at in range(rounds):
-        for name, tree in trees.items() if at % 2 else reversed(trees.items()):
-            with tempfile.TemporaryDirectory() as out:
-                steps = "--tokenizer_steps 150 --decoder_steps 1 --sit_steps 150 --log_every 50 --sample_steps 2".split()
-                command = [sys.executable, str(tree / "train.py"), "--out", out, *steps]
-                subprocess.run(command, check=True, capture_output=True)
-                lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-            for stage in ("tokenizer", "sit"):
-                speeds = [line["images_per_second"] for line in lines if line["stage"] == stage and "loss" in line]
-                found.setdefault((stage, name), []).append(np.median(speeds))
-    for stage in ("tokenizer", "sit"):
-        ours, theirs = (float(np.median(found[stage, name])) for name in trees)
-        print(f"{stage:10} {ours:8.1f} images/s here, {theirs:8.1f} there: {ours / theirs:.3f}")
 
 
 def bench_growth(words: list[str]) -> None:
@@ -255,19 +190,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--grow", action="store_true", help="several tables")
     parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
     parser.add_argument("--samples", type=int, default=10_000, help="of --fid's precision and recall; published: 50000")
-    parser.add_argument("--damage", metavar="FOLDER", help="distance of this folder's images to damaged copies instead")
-    parser.add_argument("--weights", default="", help="folder with FID's Inception for --damage (default: random)")
-    parser.add_argument("--against", metavar="OTHER", help="compare with another checkout instead")
     args, flags = parser.parse_known_args(arguments)
     if args.grow:
         return bench_growth([word for word in arguments if word != "--grow"])
-    if args.against:
-        return bench_against(args.against)
     config, _ = parse_config(["--preset", args.preset, *flags])
     processes = Processes.start()
     device, few = processes.device, 16
-    if args.damage:
-        return bench_damage(args.damage, args.weights, processes)
     if args.fid:
         return bench_fid(device, args.samples)
     batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size

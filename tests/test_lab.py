@@ -244,8 +244,8 @@ def run_badly(arguments, monkeypatch, capsys):
     ("arguments", "words"),
     [
         ("colapse", "invalid choice: 'colapse'"),
-        ("collapse --seeds 0", "--seeds and --steps must be at least 1"),
-        ("collapse --steps 0", "--seeds and --steps must be at least 1"),
+        ("collapse --seeds 0", "--seeds: is 0; it must be at least 1"),
+        ("collapse --steps 0", "--steps: is 0; it must be at least 1"),
         ("collapse --sedes 2", "did you mean --seed?"),
         ("collapse --channels 0", "must be at least 1"),
     ],
