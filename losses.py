@@ -239,7 +239,8 @@ class Adversary(Balance):
         logs |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         self.measured["logits"] += torch.stack([real.mean(), fake.mean()]).detach()
         loss = hinge + CONSISTENCY_WEIGHT * consistency + LECAM_WEIGHT * lecam
-        return loss, -self.discriminator(seen).mean() if fool else torch.zeros(()), logs
+        fooled = -self.discriminator(seen).mean() if fool else torch.zeros(())
+        return loss, fooled, logs | ({"adversarial": fooled} if fool else {})
 
     @torch.no_grad()
     def end_step(self, average: Callable[[Tensor], Tensor]) -> None:

@@ -288,11 +288,12 @@ def check_config(config: Config, processes: Processes) -> None:
 
 
 def micro_batches(batch: int, micro_batch: int, processes: Processes, prefix: str = "") -> list[slice]:
-    """This process's share of a global batch in pieces of micro_batch, whose gradients are added. UserError if it is uneven."""
+    """This process's rows of a global batch in pieces of micro_batch, whose gradients are added. UserError if they are uneven."""
     share, rest = divmod(batch, processes.world)
     if rest:
         raise UserError(f"--{prefix}batch_size {batch} cannot be divided among {processes.world} processes; use a multiple")
     micro = min(micro_batch or share, share)
     if share % micro:
         raise UserError(f"--micro_batch {micro} does not divide a process's {share} rows of --{prefix}batch_size {batch}")
-    return [slice(start, start + micro) for start in range(0, share, micro)]
+    first = share * processes.rank
+    return [slice(start, start + micro) for start in range(first, first + share, micro)]

@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         # Distinct learned tokens are their own 1D positions: a position table would be the same parameter twice.
         self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width)) if tokens else None
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_moments = nn.Linear(width, channels * len(self.posterior._fields))  # mean and logvar, or the point
 
@@ -194,8 +194,7 @@ class Encoder(nn.Module):
             x = x[~mask].view(len(x), -1, x.shape[-1])  # (B, visible, D)
         if self.latent_tokens is not None:
             x = torch.cat([x, self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N + L, D)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         x = self.norm(x if self.latent_tokens is None else x[:, -self.latent_tokens.shape[1] :])  # (B, L, D)
         with torch.autocast(x.device.type, enabled=False):
             outputs = self.to_moments(x.float())
@@ -213,7 +212,7 @@ class Decoder(nn.Module):
         self.latent_pos = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None]) if tokens else None
         # One learned token per patch; starting as 2D positions costs nothing and learns faster than 1D ones (ours).
         self.reconstruction_tokens = nn.Parameter(sincos_2d(grid, width)[None])
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_patches = nn.Linear(width, out)
 
@@ -224,8 +223,7 @@ class Decoder(nn.Module):
             x = torch.cat([x.to(z.dtype), z + self.latent_pos], dim=1)  # (B, N + L, D)
         else:
             x = x + (z if dropped is None else z.masked_fill(dropped[..., None], 0))  # (B, N, D)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         return self.to_patches(self.norm(x[:, : self.reconstruction_tokens.shape[1]])).float()
 
 

@@ -31,7 +31,7 @@ import masking
 from align import VITS, ViT, build_heads, build_tokenizer
 from losses import DRAWS, Adversary, Balance
 from plumbing import show
-from plumbing.data import Latents, batch_indices, batches, loader, shared_array, to_float
+from plumbing.data import Latents, batches, loader, shared_array, to_float
 from plumbing.inception import load_inception
 from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
 from plumbing.state import Run, State, draw, frozen_networks, load_stage, moments, official_files, update_ema
@@ -44,60 +44,55 @@ from tokenizer import Tokenizer, load_dinov2, to_image
 def train_on_images(run: Run, stage: str) -> dict:
     """A stage on images: eq. 7, of the whole tokenizer or of its decoder alone (section 4.1) -> its part of result.json."""
     cfg, steps, device = run.config.at(stage), run.config.steps(stage), run.device
-    tokenizer, weights = build_tokenizer(asdict(cfg)).to(device), cfg.loss_weights()
-    frozen = frozen_networks(run, cfg)  # those of "teacher", "hog", "eye", "lpips" that are asked
-    heads = build_heads(weights, tokenizer, frozen).to(device)
-    adversary = Adversary(VITS["dino_vits16"][0]).to(device) if cfg.adversarial_weight else None
+    tokenizer, weights = run.place(build_tokenizer(asdict(cfg))), cfg.loss_weights()
+    teachers, eye, lpips = frozen_networks(run, cfg)
+    heads = run.place(build_heads(weights, tokenizer, teachers))
+    adversary = Adversary(VITS["dino_vits16"][0]).to(device) if eye else None
     balance = Balance().to(device) if cfg.preservation_weight else None
     age, of = start_from(run, stage, tokenizer, adversary)  # steps of the stages before; what they made
-    frozen |= {"before": copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval()} if balance else {}
-    look = {name: run.ready(network) for name, network in frozen.items()}
-    eye, lpips = look.pop("eye", None), look.pop("lpips", None)
-    if "teacher" in look and run.processes.first and not age:
-        show.draw_masks(look["teacher"], run)
+    teachers |= {"before": copy.deepcopy(tokenizer.encoder).requires_grad_(False).eval()} if balance else {}
+    if "teacher" in teachers and run.processes.first and not age:
+        show.draw_masks(teachers["teacher"], run)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
     optimizers = {"model": adamw([tokenizer, heads], betas=(0.9, 0.95), weight_decay=1e-4)}
     optimizers |= {"discriminator": adamw([adversary], betas=(0.9, 0.95), weight_decay=1e-4)} if adversary else {}
     networks = dict(model=tokenizer, heads=heads, adversary=adversary, balance=balance, ema=ema)
     state = State(run, stage, networks, optimizers, of)
     encode, decode, compare, judge = map(state.parallel, (tokenizer.encoder, tokenizer.decoder, heads, adversary))
-    pieces, rows = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes), run.processes.share(cfg.batch_size)
-    loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, rows), cfg.workers))
+    pieces = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes)  # this process's rows of the global batch
+    loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, pieces), cfg.workers))
     uniform = {"flip": (), "ratio": (), "coin": (), "order": (cfg.num_patches,), "augment": (4, DRAWS), "tau": ()}
     normal = dict.fromkeys(("noise", "eps"), (cfg.num_latents, cfg.channels))
     dropping, numbers = cfg.mask == "dropped", None
 
     for step in state.steps():
-        batch, lr = next(loaded)[0], warmup_cosine(cfg, step, steps)  # this process's rows of the global batch
-        draws = draw(run, stage, step, cfg.batch_size, uniform, normal, shared=("ratio_of_all",))
+        draws = draw(run, stage, step, cfg.batch_size, pieces, uniform, normal, alike=("ratio",) if dropping else ())
         left = 1 - step / steps if cfg.stages[stage].fades else 1.0  # of the mask ratio
         judging = eye and age + step >= cfg.discriminator_start  # does the discriminator learn
         fooling = eye and age + step >= cfg.discriminator_start * 5 // 4  # does the decoder feel it
 
-        for piece in pieces:  # gradient accumulation
-            state.exchange(piece is pieces[-1])
-            d, x = draws[piece], to_float(batch[piece].to(device, non_blocking=True))
+        for d in draws:  # gradient accumulation
+            state.exchange(d is draws[-1])
+            x = to_float(next(loaded)[0].to(device, non_blocking=True))
             x = torch.where(d.flip[:, None, None, None] < 0.5, x.flip(-1), x)  # images (b, 3, S, S) in [-1, 1]
-            targets = {name: network(x) for name, network in look.items()}  # "teacher": cls (b, D), patches (b, N, D)
-            scores = masking.similarity(*targets["teacher"]) if "teacher" in targets else None  # (b, N)
-            m = masking.mask_ratio(d.ratio_of_all if dropping else d.ratio, left * cfg.mask_ratio, left * cfg.mask_least)  # (b,)
-            mask = masking.MASKS[cfg.mask](m, d.order, scores, d.coin)  # (b, N), True = hidden
-            posterior = encode(x, mask, dropping)
-            z = posterior.sample(d.noise)  # (b, L, C)
-            shown = masking.hide_latents(z, m, d.order) if cfg.mask == "latent" else z
-            shown = masking.noise_latents(shown, d.tau, d.eps, cfg.latent_noise) if cfg.latent_noise else shown
-            reconstruction = to_image(decode(shown, mask if dropping else None), cfg.patch_size)  # (b, 3, S, S)
+            with run.autocast():
+                targets = {name: teacher(x) for name, teacher in teachers.items()}  # "teacher": cls (b, D), patches (b, N, D)
+                scores = masking.similarity(*targets["teacher"]) if "teacher" in targets else None  # (b, N)
+                m = masking.mask_ratio(d.ratio, left * cfg.mask_ratio, left * cfg.mask_least)  # (b,)
+                mask = masking.MASKS[cfg.mask](m, d.order, scores, d.coin)  # (b, N), True = hidden
+                posterior = encode(x, mask, dropping)
+                z = posterior.sample(d.noise)  # (b, L, C)
+                shown = masking.hide_latents(z, m, d.order) if cfg.mask == "latent" else z
+                shown = masking.noise_latents(shown, d.tau, d.eps, cfg.latent_noise) if cfg.latent_noise else shown
+                reconstruction = to_image(decode(shown, mask if dropping else None), cfg.patch_size)  # (b, 3, S, S)
 
-            on_latents = {"kl": posterior.kl().sum(1).mean()} | compare(z, targets, mask)  # eq. 9, eq. 3-6
-            pixels = reconstruction.detach().requires_grad_()  # losses on pixels are differentiated here, each network passed once
-            on_pixels = {"mse": F.mse_loss(pixels, x)}
-            on_pixels |= {"perceptual": lpips(pixels, x).mean()} if lpips else {}
+                on_latents = {"kl": posterior.kl().sum(1).mean()} | compare(z, targets, mask)  # eq. 9, eq. 3-6
+                pixels = reconstruction.detach().requires_grad_()  # losses on pixels end here: each network is passed once
+                on_pixels = {"mse": F.mse_loss(pixels, x)} | ({"perceptual": lpips(pixels, x).mean()} if lpips else {})
+                judgement, fooled, logs = judge(eye, pixels, x, d.augment, bool(fooling)) if judging else (None, None, {})
             (slope,) = torch.autograd.grad(total(on_pixels, weights), pixels)
-            judgement, logs = None, {}
-            if judging:
-                judgement, fooled, logs = judge(eye, pixels, x, d.augment, bool(fooling))
             if fooling:
-                (against,), logs["adversarial"] = torch.autograd.grad(fooled, pixels), fooled
+                (against,) = torch.autograd.grad(fooled, pixels)
                 adaptive = adversary.weigh(tokenizer.decoder.to_patches.weight, (reconstruction, slope), (reconstruction, against))
                 slope = slope + weights["adversarial"] * adaptive * against
             if balance:
@@ -105,14 +100,14 @@ def train_on_images(run: Run, stage: str) -> dict:
                 weights["preservation"] = cfg.preservation_weight * balance.weigh(layer, (reconstruction, slope), preservation)
             backward(reconstruction, slope, [total(on_latents, weights), judgement], 1 / len(pieces))
             terms = {"loss": total(on_pixels | on_latents, weights)} | on_pixels | on_latents | logs
-            state.add(terms | moments(posterior.mean, z), 1 / len(pieces))
+            state.add(terms | moments(posterior.mean, z))
 
-        state.update(lr)
+        state.update(warmup_cosine(cfg, step, steps))
         update_ema(ema, tokenizer, cfg.ema_decay, step)
         for measured in filter(None, (adversary, balance)):  # the next adaptive weights, LeCam's averages
             measured.end_step(lambda sums: run.processes.sum(sums) / (len(pieces) * run.processes.world))
         if state.due(cfg.log_every):
-            state.write_line(lr, cfg.batch_size)
+            state.write_line(cfg.batch_size)
         if state.due(cfg.save_every):
             state.save()
             numbers = show.reconstruction_quality(ema, run)  # and reconstructions.png
@@ -124,31 +119,32 @@ def train_sit(run: Run) -> dict:
     """Flow matching on normalised latents; z is sampled anew from the cached posterior at each step -> its part of result.json."""
     cfg, device, null_label = run.config, run.device, len(run.data.classes)
     tokenizer, latents = cache_latents(run)
-    sit = GENERATORS[cfg.generator](cfg.num_latents, cfg.channels, null_label, cfg.sit, tokenizer.has_grid).to(device)
+    sit = run.place(GENERATORS[cfg.generator](cfg.num_latents, cfg.channels, null_label, cfg.sit, tokenizer.has_grid))
     ema = copy.deepcopy(sit).requires_grad_(False).eval()
     optimizers = {"model": adamw([sit], betas=sit.betas, weight_decay=0.0)}
     state = State(run, "sit", {"model": sit, "ema": ema}, optimizers, latents.seal["stamp"], {"tokenizer": tokenizer.state_dict()})
     velocity = state.parallel(sit)
-    pieces, rows = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes), run.processes.share(cfg.sit_batch_size)
-    uniform, shape = {"flip": (), "drop": (), "t": ()}, (cfg.num_latents, cfg.channels)
+    pieces = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes)
+    items = batches(range(len(latents)), cfg.sit_batch_size, cfg.seed, state.step, pieces)
+    uniform, normal = {"flip": (), "drop": (), "t": ()}, dict.fromkeys(("noise", "end"), (cfg.num_latents, cfg.channels))
 
     for step in state.steps():
-        batch = latents.batch(batch_indices(len(latents), cfg.sit_batch_size, cfg.seed, step, rows))
-        draws = draw(run, "sit", step, cfg.sit_batch_size, uniform, normal={"noise": shape, "end": shape})
-        for piece in pieces:
-            state.exchange(piece is pieces[-1])
-            d, (mean, std, y) = draws[piece], (part[piece].to(device, non_blocking=True) for part in batch)
+        draws = draw(run, "sit", step, cfg.sit_batch_size, pieces, uniform, normal)
+        for d in draws:
+            state.exchange(d is draws[-1])
+            mean, std, y = (part.to(device, non_blocking=True) for part in latents.batch(next(items)))
             image, mirror = torch.arange(len(y), device=device), (d.flip < 0.5).long()  # mean, std (b, 2, L, C): mirrored, too
             z = mean[image, mirror] + std[image, mirror] * d.noise  # (b, L, C)
             x = tokenizer.normalize(z)
             y = drop_labels(y, null_label, d.drop)
-            loss = flow_matching_loss(velocity, x, y, sit.time(d.t), d.end, sit.cosine_weight).mean()
+            with run.autocast():
+                loss = flow_matching_loss(velocity, x, y, sit.time(d.t), d.end, sit.cosine_weight).mean()
             (loss / len(pieces)).backward()
-            state.add({"loss": loss}, 1 / len(pieces))
+            state.add({"loss": loss})
         state.update(cfg.sit_lr)
         update_ema(ema, sit, cfg.ema_decay, step)
         if state.due(cfg.log_every):
-            state.write_line(cfg.sit_lr, cfg.sit_batch_size)
+            state.write_line(cfg.sit_batch_size)
         if state.due(cfg.save_every):
             state.save()
     return show.sample_quality(ema, tokenizer, run)  # and samples.png
@@ -219,11 +215,12 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     if not Latents.are_whole(path):
         parts = processes.batches(range(len(items)), 16)
         lists = [items[part].tolist() for part in parts]
-        sums, encode = torch.zeros(3, cfg.channels, dtype=torch.float64), run.ready(tokenizer.encoder)
+        sums = torch.zeros(3, cfg.channels, dtype=torch.float64)
         with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
             for (images, labels), part in zip(progress(loader(run.data, lists, cfg.workers), "latents", processes), parts):
                 images = to_float(images.to(run.device))
-                posterior = encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
+                with run.autocast():
+                    posterior = tokenizer.encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
                 mean, std = (moment.unflatten(0, (-1, 2)).cpu() for moment in (posterior.mean, posterior.std))  # (b, 2, L, C)
                 batch = rows[part.start : part.stop]
                 batch["mean"], batch["std"], batch["label"] = mean.numpy(), std.numpy(), labels.numpy()

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -142,20 +141,14 @@ def spread(count: int, picks: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(picks, count)).round().astype(int)
 
 
-@lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def batch_indices(length: int, batch: int, seed: int, step: int, rows: slice) -> list[int]:
-    """The items that `rows` of global batch `step` hold: a new permutation per epoch, no item lost between epochs."""
-    positions = range(step * batch, (step + 1) * batch)[rows]
-    return [int(epoch_order(length, seed, position // length)[position % length]) for position in positions]
-
-
-def batches(items: np.ndarray, batch: int, seed: int, step: int, rows: slice) -> Iterator[list[int]]:
-    """Endless lists of items for a DataLoader: `rows` of each global batch from `step` on."""
-    return (items[batch_indices(len(items), batch, seed, at, rows)].tolist() for at in itertools.count(step))
+def batches(items: np.ndarray | range, batch: int, seed: int, step: int, pieces: list[slice]) -> Iterator[list[int]]:
+    """Endless lists of items, the pieces of each global batch from `step` on: a new permutation per epoch, no item is lost."""
+    epoch, passed = divmod(step * batch, len(items))
+    orders = (np.random.default_rng((seed, each)).permutation(items).tolist() for each in itertools.count(epoch))
+    endless = itertools.islice(itertools.chain.from_iterable(orders), passed, None)
+    while True:
+        whole = list(itertools.islice(endless, batch))
+        yield from (whole[piece] for piece in pieces)
 
 
 def loader(dataset: Dataset, lists: Iterable[list[int]], workers: int) -> DataLoader:

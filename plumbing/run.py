@@ -125,14 +125,10 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
-        """This process's part of `count` rows: contiguous, sizes differing by at most one."""
-        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
-
     def batches(self, items: Sequence, size: int) -> list[Sequence]:
         """This process's part of the items in batches, whose borders do not depend on the process count."""
         every = [items[start : start + size] for start in range(0, len(items), size)]
-        return every[self.share(len(every))]
+        return every[len(every) * self.rank // self.world : len(every) * (self.rank + 1) // self.world]
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world > 1:

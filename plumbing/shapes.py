@@ -45,12 +45,6 @@ class Shapes(Dataset):
         return 6_000
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        return self.draw(index)[:2]
-
-    __getitem__ = read
-
-    def draw(self, index: int) -> tuple[Tensor, int, Tensor]:
-        """-> image uint8 (3, size, size), label, the shape's place bool (size, size)."""
         rng = np.random.default_rng(index)
         label = int(rng.integers(len(SHAPES)))
         radius, angle, hue = rng.uniform(0.3, 0.4), rng.uniform(-0.3, 0.3), rng.uniform(0, 1)
@@ -67,5 +61,6 @@ class Shapes(Dataset):
         ramp = 0.5 + (math.cos(direction) * ticks + math.sin(direction) * ticks[:, None]) / math.sqrt(2)
         background = ends[0] + (ends[1] - ends[0]) * ramp[..., None]
         pixels = background + cover * (color - background)
-        image = torch.from_numpy(np.rint(255 * pixels).astype(np.uint8)).permute(2, 0, 1)
-        return image, label, torch.from_numpy(cover[..., 0] > 0.5)
+        return torch.from_numpy(np.rint(255 * pixels).astype(np.uint8)).permute(2, 0, 1), label
+
+    __getitem__ = read

@@ -58,53 +58,47 @@ class Run:
     def path(self, name: str) -> Path:
         return Path(self.config.out) / name
 
-    def ready(self, network: nn.Module) -> Callable:
-        """The call of a network, in bf16 and with compiled blocks if asked for; weights and losses stay in float32."""
+    def place(self, network: nn.Module) -> nn.Module:
+        """On this process's device, with compiled transformer blocks if asked for."""
         for module in network.modules() if self.compile else ():
             for block in getattr(module, "blocks", ()):
                 block.compile()
-        return torch.autocast(self.device.type, torch.bfloat16)(network.__call__) if self.bf16 else network
+        return network.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bf16 if asked for; weights and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.bf16)
 
 
-class Draws(SimpleNamespace):
-    """Tensors with a row per image; draws[rows] is the same for some of them."""
+def draw(run: Run, stage: str, step: int, batch: int, pieces: list[slice], uniform: dict, normal: dict, alike: tuple = ()) -> list:
+    """All random numbers of a step, {name: shape per image} -> for each piece of the global batch its tensors by name.
 
-    def __getitem__(self, rows: slice) -> "Draws":
-        return Draws(**{name: values[rows] for name, values in vars(self).items()})
-
-
-def draw(run: Run, stage: str, step: int, batch: int, uniform: dict, normal: dict, shared: tuple[str, ...] = ()) -> Draws:
-    """All random numbers of a step, {name: shape per image}: a function of (seed, stage, step), for the whole global batch.
-
-    Names in `shared` are uniform, too, with one number for all images.
-    A process keeps its rows of each: so a resumed run equals an unbroken one, and the process count changes nothing.
+    They are a function of (seed, stage, step), drawn for the whole batch: so a resumed run equals an unbroken one, and the
+    process count changes nothing. Of names in `alike` all images have the first one's.
     """
     seed = np.random.SeedSequence([run.config.seed, zlib.crc32(stage.encode()), step]).generate_state(1, np.uint64)[0]
-    generator, rows = torch.Generator(run.device).manual_seed(int(seed)), run.processes.share(batch)
-
-    def rows_of(sample: Callable, shapes: dict[str, tuple]) -> dict[str, Tensor]:
-        return {name: sample(batch, *shape, generator=generator, device=run.device)[rows] for name, shape in shapes.items()}
-
-    draws = rows_of(torch.rand, uniform) | rows_of(torch.randn, normal)
-    one = rows_of(lambda batch, **where: torch.rand(1, **where).expand(batch), dict.fromkeys(shared, ()))
-    return Draws(**draws, **one)
+    where = {"generator": torch.Generator(run.device).manual_seed(int(seed)), "device": run.device}
+    draws = {name: torch.rand(batch, *shape, **where) for name, shape in uniform.items()}
+    draws |= {name: torch.randn(batch, *shape, **where) for name, shape in normal.items()}
+    draws |= {name: draws[name][:1].expand_as(draws[name]) for name in alike}
+    return [SimpleNamespace(**{name: values[piece] for name, values in draws.items()}) for piece in pieces]
 
 
-def frozen_networks(run: Run, cfg: Config) -> dict[str, nn.Module]:
-    """What is only looked through: a teacher, HOG of MAETok's kind, the discriminator's DINO, LPIPS; with official weights."""
-    grid, networks = cfg.image_size // cfg.patch_size, {}
+def frozen_networks(run: Run, cfg: Config) -> tuple[dict[str, nn.Module], nn.Module | None, nn.Module | None]:
+    """What is only looked through, with official weights: teachers (also HOG of MAETok's kind), the discriminator's DINO, LPIPS."""
+    grid, teachers = cfg.image_size // cfg.patch_size, {}
     if cfg.uses_teacher:
-        networks["teacher"] = TEACHERS[cfg.teacher](grid)
+        teachers["teacher"] = TEACHERS[cfg.teacher](grid)
     if cfg.hog_weight:
-        networks["hog"] = CellHOG(grid, cfg.patch_size)
-    if cfg.adversarial_weight:
-        networks["eye"] = DINO()
-    for network in networks.values():
+        teachers["hog"] = CellHOG(grid, cfg.patch_size)
+    eye = DINO() if cfg.adversarial_weight else None
+    for network in (*teachers.values(), eye):
         if hasattr(network, "vit"):
             load_official(network.vit, network.vit.name, cfg.weights, run.dry)
-    if cfg.perceptual_weight:
-        networks["lpips"] = load_lpips(cfg.weights, run.dry)
-    return {name: network.to(run.device).eval().requires_grad_(False) for name, network in networks.items()}
+    lpips = load_lpips(cfg.weights, run.dry) if cfg.perceptual_weight else None
+    for network in filter(None, (*teachers.values(), eye, lpips)):
+        run.place(network).eval().requires_grad_(False)
+    return teachers, eye, lpips
 
 
 def official_files(cfg: Config, stages: list[str]) -> list[str]:
@@ -137,9 +131,9 @@ class State:
         self.networks = {name: network for name, network in networks.items() if network is not None}
         self.about = {"stage": stage, "of": of, "of_steps": self.total, "classes": list(run.data.classes), "data": run.data.stamp}
         self.about |= extra or {}
-        self.step, self.parallels, self.warned = 0, [], False
+        self.step, self.parallels, self.collapsed = 0, [], False
         self.skipped = torch.zeros(3, device=run.device)  # non-finite steps: in all, in a row, most in a row since a line
-        self.sums, self.shares, self.ends = {}, {}, []  # of the line to be logged; when each of its steps ended
+        self.sums, self.counts, self.ends = {}, {}, []  # of the line to be logged; when each of its steps ended
         if saved := load_stage(run, stage, of):
             with as_user_error(f"{run.path(stage)}.pt is damaged: "):
                 for name, network in self.networks.items():
@@ -163,7 +157,7 @@ class State:
         if self.run.processes.world > 1 and any(p.requires_grad for p in network.parameters()):
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
             self.parallels.append(network)
-        return self.run.ready(network)
+        return network
 
     def exchange(self, now: bool) -> None:
         """Whether the coming backward pass averages gradients over processes, or only adds them up here."""
@@ -209,34 +203,36 @@ class State:
         self.ends.append(time.perf_counter())
 
     @torch.no_grad()
-    def add(self, terms: dict[str, Tensor], share: float = 1.0) -> None:
-        """Take in this share of a step's values for the next line of the log."""
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Take in values, of a step or of a piece, for the next line of the log."""
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + share * value.float()
-            self.shares[name] = self.shares.get(name, 0) + share
+            self.sums[name] = self.sums.get(name, 0) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
 
-    def write_line(self, lr: float, batch_size: int) -> None:
+    def write_line(self, batch_size: int) -> None:
         """Average over steps and processes since the line before, and log it; UserError if the run cannot go on.
 
         images/s are by the median time from the end of a step to the next: saving and evaluating do not count.
         """
         processes = self.run.processes
-        averages = {name: processes.sum(value / self.shares[name] / processes.world) for name, value in self.sums.items()}
-        line = describe(averages) | {"lr": lr, "images_per_second": batch_size / float(np.median(np.diff(self.ends)))}
+        averages = {name: processes.sum(value / self.counts[name] / processes.world) for name, value in self.sums.items()}
+        line = describe(averages) | {"lr": self.optimizers["model"].param_groups[0]["lr"]}
+        line |= {"images_per_second": batch_size / float(np.median(np.diff(self.ends)))}
         line |= {"memory_gb": peak_memory(self.run.device) / 1e9, "skipped_steps": int(self.skipped[0])}
         self.append(line)
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}")
-        warning = collapse_warning(line) if self.run.config.kl_weight else ""
-        if warning and not self.warned:
-            warn(warning, processes)
-        self.warned = bool(warning)
+        before, self.collapsed = self.collapsed, self.run.config.kl_weight > 0 and has_collapsed(line)
+        if self.collapsed and not before:
+            left = f"{100 * line['active_units']:.0f} % active units, {line['kl_per_token']:.3f} nats per token"
+            advice = "the latents carry no image; if it lasts, lower --kl_weight"
+            warn(f"the posterior has collapsed to its prior ({left}): {advice}", processes)
         if self.skipped[2] >= MAX_BAD_STEPS:
             raise UserError(
                 f"{int(self.skipped[2])} steps in a row of stage {self.stage} had non-finite gradients and were skipped; "
                 f"the last checkpoint is kept; start again in another --out with a lower learning rate"
             )
         self.skipped[2] = self.skipped[1]
-        self.sums, self.shares, self.ends = {}, {}, self.ends[-1:]
+        self.sums, self.counts, self.ends = {}, {}, self.ends[-1:]
 
     def append(self, line: dict) -> None:
         """A line of log.jsonl, null for what JSON cannot say. A resumed run repeats those since its checkpoint: the last counts."""
@@ -285,15 +281,9 @@ def describe(averages: dict[str, Tensor]) -> dict[str, float]:
     return numbers
 
 
-def collapse_warning(numbers: dict[str, float]) -> str:
-    """A sentence when the posterior has collapsed to its prior, else ""."""
-    kl = numbers.get("kl_per_token", math.inf)
-    if not kl <= COLLAPSED:
-        return ""
-    return (
-        f"the posterior has collapsed to its prior ({100 * numbers['active_units']:.0f} % active units, "
-        f"{kl:.3f} nats per token): the latents carry no image; if it lasts, lower --kl_weight"
-    )
+def has_collapsed(numbers: dict[str, float]) -> bool:
+    """Whether the posterior has collapsed to its prior; a line without KL has not."""
+    return numbers.get("kl_per_token", math.inf) <= COLLAPSED
 
 
 def peak_memory(device: torch.device) -> int:

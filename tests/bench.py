@@ -34,7 +34,7 @@ import train
 from align import build_tokenizer
 from fid import BATCH, frechet_distance, precision_recall, statistics
 from losses import DRAWS, Adversary
-from plumbing.data import ImageFolder, Latents, batch_indices, loader
+from plumbing.data import ImageFolder, Latents, batches, loader
 from plumbing.inception import InceptionV3, inception_features
 from plumbing.run import Parser, Processes, command_line, write_text
 from plumbing.state import Run, peak_memory
@@ -133,20 +133,19 @@ def bench_terms(run: Run, batch: int, peak: float) -> None:
     """What a step of the tokenizer consists of, one by one."""
     config, device, size = run.config, run.device, run.config.image_size
     images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    tokenizer = build_tokenizer(vars(config)).to(device)
-    encode, decode = run.ready(tokenizer.encoder), run.ready(tokenizer.decoder)
-    step = lambda: decode(encode(images, None).sample()).square().mean().backward()  # noqa: E731
-    report("  encoder and decoder, both ways", step, batch, device, peak)
-    look = {name: run.ready(network) for name, network in train.frozen_networks(run, config).items()}
-    if teacher := look.get("teacher"):
-        report("  teacher", lambda: teacher(images), batch, device, peak)
-    if lpips := look.get("lpips"):
-        report("  LPIPS", lambda: lpips(images.clone().requires_grad_(), images).mean().backward(), batch, device, peak)
-    if eye := look.get("eye"):
-        adversary = Adversary(384).to(device)
-        judge, u = run.ready(adversary), torch.rand(batch, 4, DRAWS, device=device)
-        step = lambda: sum(judge(eye, images.clone().requires_grad_(), images, u, True)[:2]).backward()  # noqa: E731
-        report("  discriminator's loss and the decoder's", step, batch, device, peak)
+    tokenizer, (teachers, eye, lpips) = run.place(build_tokenizer(vars(config))), train.frozen_networks(run, config)
+    steps = {"encoder and decoder, both ways": lambda: tokenizer(images)[0].square().mean().backward()}
+    if teachers:
+        steps["teacher"] = lambda: [teacher(images) for teacher in teachers.values()]
+    if lpips:
+        steps["LPIPS"] = lambda: lpips(images.clone().requires_grad_(), images).mean().backward()
+    if eye:
+        judge, u = Adversary(384).to(device), torch.rand(batch, 4, DRAWS, device=device)
+        steps["discriminator's loss and the decoder's"] = lambda: sum(
+            judge(eye, images.clone().requires_grad_(), images, u, True)[:2]
+        ).backward()
+    for name, step in steps.items():
+        report(f"  {name}", run.autocast()(step), batch, device, peak)
 
 
 def bench_inception(device: torch.device, peak: float) -> None:
@@ -220,9 +219,8 @@ def main(arguments: list[str]) -> None:
     report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)
 
     def load(dataset):
-        lists = [batch_indices(len(dataset), 32, 0, i, slice(0, 32)) for i in range(10_000)]
-        batches = iter(loader(dataset, lists, 0))
-        return lambda: next(batches)
+        loaded = iter(loader(dataset, batches(range(len(dataset)), 32, 0, 0, [slice(0, 32)]), 0))
+        return lambda: next(loaded)
 
     report("loading shapes", load(run.data), 32, device, peak)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,18 +7,9 @@ from reference import make_folder, official_folder
 
 # No test reaches the network, or finds weights that happen to be on the machine.
 os.environ |= {"TORCH_HOME": tempfile.mkdtemp(), "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """As the processes that tests start compute: then equal bits can be asked for.
-
-    And eigenvalues on several threads take 20 times as long when other programs use the cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# As the processes that tests start: then equal bits can be asked for. And several threads wait long for each other, eigenvalues
+# 20 times as long, when other programs use the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,6 @@ from plumbing.run import UserError, command_line, file_hash, save_checkpoint, st
 from plumbing.weights import OFFICIAL, load_lpips
 from sit import SiT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def images(name):
     return array(f"psnr_ssim/{name}").permute(0, 3, 1, 2)

@@ -22,8 +22,6 @@ from plumbing.shapes import Shapes
 from recipes import check_config, parse_config
 from sample import load_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CELLS = lab.Experiment({"nothing": lab.NOTHING, "all": lab.BOTH}, ("nothing", "all"), {}, (0.3, 9.0), ("tokenizer",), (8, 8))
 ARGUMENTS = ["collapse", "--steps", "8", *TINY.split()]
 

@@ -202,5 +202,6 @@ def test_precision_is_that_of_matrix_products(tmp_path, precision):
     words = f"{TINY} --tokenizer_steps 2 --log_every 1 --stage tokenizer --data {folder} --out {tmp_path}/out"
     train.main([*words.split(), "--precision", precision, "--device", "cpu"])
     config, options = train.parse_config([*words.split(), "--precision", precision])
-    product = train.Run.open(config, train.Processes.start("cpu"), precision=options.precision).ready(torch.nn.Linear(2, 2))
-    assert product(torch.zeros(1, 2)).dtype == {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+    with train.Run.open(config, train.Processes.start("cpu"), precision=options.precision).autocast():
+        product = torch.nn.Linear(2, 2)(torch.zeros(1, 2))
+    assert product.dtype == {"bf16": torch.bfloat16, "float32": torch.float32}[precision]

@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
     return [words for words in found if words and words[0] in ("python", "torchrun")]
 
 
-def test_the_commands_run_in_order(tmp_path, monkeypatch, one_thread):
+def test_the_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     features = fid.inception_features  # 64 of the 2048, for eigenvalues in no time
     monkeypatch.setattr(fid, "inception_features", lambda *inputs: features(*inputs)[:, :64])

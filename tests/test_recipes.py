@@ -17,8 +17,6 @@ import recipes
 import train
 from plumbing.run import Processes, UserError, load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = "--tokenizer_steps 20 --decoder_steps 12 --sit_steps 12 --log_every 2 --save_every 10 --patch_size 4 --batch_size 4"
 FAMILY = {  # recipe: flags, the stage in which it is killed
     "maetok": ("", "decoder"),

@@ -111,7 +111,7 @@ def test_impossible_geometry_is_named(changes, named):
 def test_latents_of_the_grid_lie_where_their_patches_lie():
     """Without blocks to mix them, patch 5's pixels decide latent 5 and nothing else, and that the pixels of patch 5."""
     model, images = toy(tokens=0), torch.rand(1, 3, 16, 16) * 2 - 1
-    model.encoder.blocks = model.decoder.blocks = torch.nn.ModuleList()
+    model.encoder.blocks = model.decoder.blocks = torch.nn.Sequential()
     changed = images.clone()
     changed[:, :, 4:8, 4:8] = 0.5
     before, after = (model.encode(x).mean for x in (images, changed))

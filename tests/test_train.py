@@ -385,9 +385,9 @@ def test_collapse_is_named(finished, images, tmp_path):
     words = f"--kl_weight 1 --lr 1e-2 --tokenizer_steps 60 --log_every 20 --stage tokenizer --data {images} --out {tmp_path}/out"
     done = succeed("train.py", TINY, words)
     assert "posterior has collapsed" in done.stderr and "--kl_weight" in done.stderr
-    assert not state.collapse_warning(log_lines(finished, "tokenizer")[-1])
+    assert not state.has_collapsed(log_lines(finished, "tokenizer")[-1])
     for kl, units, collapsed in ((1.3, 0.05, False), (0.05, 1.0, True), (float("nan"), 0.0, False)):  # a code of few units is good
-        assert bool(state.collapse_warning({"kl_per_token": kl, "active_units": units})) == collapsed
+        assert state.has_collapsed({"kl_per_token": kl, "active_units": units}) == collapsed
 
 
 def test_non_finite_steps_are_skipped_and_leave_no_trace(tmp_path):
