@@ -54,7 +54,7 @@ class Config:
     seed: int = arg(0, "of everything random", least=0, most=2**63 - 1)
     recipe: str = arg("mactok", "the method, with its stages", choices=METHODS)
     # the tokenizer
-    image_size: int = arg(32, "pixels; images are centre-cropped", "paper 4.1: 256, 512", least=11, most=4096)  # SSIM's window
+    image_size: int = arg(32, "pixels; images are centre-cropped", "paper 4.1: 256, 512", least=16, most=4096)  # LPIPS's least
     patch_size: int = arg(0, "pixels; 0 = the largest power of two for which L divides N", "config: 16", least=0)
     tokens: int = arg(16, "L, latent tokens per image; 0 = none, one latent per patch", "paper 4.1: 128, 64", least=0, most=2**16)
     channels: int = arg(16, "C, channels per token", "paper 4.1: 32", least=1, most=2**12)
@@ -110,16 +110,6 @@ class Config:
     def steps(self, stage: str) -> int:
         name, share = self.stages[stage].steps if stage in self.stages else ("sit_steps", 1)
         return round(share * getattr(self, name))
-
-    @property
-    def num_patches(self) -> int:
-        """N"""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_latents(self) -> int:
-        """L"""
-        return self.tokens or self.num_patches
 
     @property
     def encoder_file(self) -> str:
@@ -270,18 +260,16 @@ def check_config(config: Config, processes: Processes) -> None:
         raise UserError(f"--preservation_weight {config.preservation_weight}: stage {first} has no stage before it to preserve")
     if config.adversarial_weight and config.image_size % 16:
         raise UserError(f"--image_size is {config.image_size}; the discriminator's DINO needs a multiple of 16")
-    if config.perceptual_weight and config.image_size < 16:
-        raise UserError(f"--image_size is {config.image_size}; LPIPS needs at least 16")
     for prefix in ("", "sit_"):
         micro_batches(getattr(config, f"{prefix}batch_size"), config.micro_batch, processes, prefix)
     with as_user_error(), torch.device("meta"):
-        build_tokenizer(asdict(config))
-        GENERATORS[config.generator](config.num_latents, config.channels, 0, config.sit)
-    if config.num_latents > config.num_patches:
-        patches = f"{config.num_patches} patches of --patch_size {config.patch_size}"
+        tokenizer = build_tokenizer(asdict(config))
+        GENERATORS[config.generator](tokenizer.tokens, tokenizer.channels, 0, config.sit)
+    patches = f"{tokenizer.num_patches} patches of --patch_size {config.patch_size}"
+    if tokenizer.tokens > tokenizer.num_patches:
         raise UserError(f"--tokens {config.tokens} is more than the {patches}; use fewer tokens or smaller patches")
-    if config.local_weight and config.num_patches % config.num_latents:
-        divided = f"--tokens {config.tokens} does not divide the {config.num_patches} patches of --patch_size {config.patch_size}"
+    if config.local_weight and tokenizer.num_patches % tokenizer.tokens:
+        divided = f"--tokens {config.tokens} does not divide the {patches}"
         raise UserError(f"{divided}, and local alignment (eq. 3) gives each latent as many; use a divisor or --local_weight 0")
     if config.encoder_init in VITS and VITS[config.encoder_init][:3] != SIZES[config.size][0]:
         raise UserError(f"--encoder_init {config.encoder_init} is of another width or depth than the encoder of {config.size}")

@@ -65,12 +65,12 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
     paths = [Path(path)] if Path(path).is_file() else [Path(path) / name for name in names if (Path(path) / name).exists()]
     if not paths:
         raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
-    saved, sit = load_checkpoint(paths[0], CHECKPOINT, mmap=True), None
+    saved, sit = load_checkpoint(paths[0], CHECKPOINT), None
     config, weights = saved["config"], saved.get("tokenizer", saved["ema"])
     if "tokenizer" not in saved and (seal := Path(path) / "latents.json").exists():
         weights |= {name: torch.tensor(read_json(seal)[name]) for name in ("latent_mean", "latent_std")}
     if "tokenizer" in saved and len(paths) > 1:  # the stage decoder may have been run again since
-        newer = load_checkpoint(paths[1], CHECKPOINT, mmap=True)["ema"]
+        newer = load_checkpoint(paths[1], CHECKPOINT)["ema"]
         if any(not torch.equal(newer[key], value) for key, value in weights.items() if key.startswith("encoder.")):
             raise UserError(f"{paths[1]} does not belong to {paths[0]}: their encoders differ; move one of them away")
         weights |= {key: value for key, value in newer.items() if key.startswith("decoder.")}
@@ -127,7 +127,7 @@ def write_grid(run: TrainedRun, classes: list[int], columns: int, path: Path, se
 def write_npz(run: TrainedRun, classes: list[int], count: int, batch: int, path: Path, processes: Processes, **settings) -> None:
     """Exactly `count` samples by all processes, classes in turn -> path with arr_0 uint8 (N, S, S, 3), arr_1 int64 labels (N,)."""
     side, images = run.config["image_size"], path.with_name(f"{path.name}.{processes.launch}.npy")
-    labels = np.array(classes)[np.arange(count) % len(classes)]
+    labels = np.resize(classes, count)
     with shared_array(images, (count, side, side, 3), np.uint8, processes) as rows:
         for part in progress(processes.batches(range(count), batch), "samples", processes):
             rows[part] = generate(run, torch.from_numpy(labels[part]), list(part), **settings).permute(0, 2, 3, 1).numpy()

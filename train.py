@@ -33,7 +33,7 @@ from losses import DRAWS, Adversary, Balance
 from plumbing import show
 from plumbing.data import Latents, batches, loader, shared_array, to_float
 from plumbing.inception import load_inception
-from plumbing.run import Processes, UserError, as_user_error, claim, command_line, progress, read_json, state_hash, warn, write_text
+from plumbing.run import Processes, UserError, claim, command_line, progress, read_json, state_hash, warn, write_text
 from plumbing.state import Run, State, draw, frozen_networks, load_stage, moments, official_files, update_ema
 from plumbing.weights import at_hand, find_official, load_official
 from recipes import Config, check_config, micro_batches, parse_config
@@ -61,8 +61,8 @@ def train_on_images(run: Run, stage: str) -> dict:
     encode, decode, compare, judge = map(state.parallel, (tokenizer.encoder, tokenizer.decoder, heads, adversary))
     pieces = micro_batches(cfg.batch_size, cfg.micro_batch, run.processes)  # this process's rows of the global batch
     loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, pieces), cfg.workers))
-    uniform = {"flip": (), "ratio": (), "coin": (), "order": (cfg.num_patches,), "augment": (4, DRAWS), "tau": ()}
-    normal = dict.fromkeys(("noise", "eps"), (cfg.num_latents, cfg.channels))
+    uniform = {"flip": (), "ratio": (), "coin": (), "order": (tokenizer.num_patches,), "augment": (4, DRAWS), "tau": ()}
+    normal = dict.fromkeys(("noise", "eps"), (tokenizer.tokens, tokenizer.channels))
     dropping, numbers = cfg.mask == "dropped", None
 
     for step in state.steps():
@@ -119,14 +119,15 @@ def train_sit(run: Run) -> dict:
     """Flow matching on normalised latents; z is sampled anew from the cached posterior at each step -> its part of result.json."""
     cfg, device, null_label = run.config, run.device, len(run.data.classes)
     tokenizer, latents = cache_latents(run)
-    sit = run.place(GENERATORS[cfg.generator](cfg.num_latents, cfg.channels, null_label, cfg.sit, tokenizer.has_grid))
+    latent = tokenizer.tokens, tokenizer.channels  # L, C
+    sit = run.place(GENERATORS[cfg.generator](*latent, null_label, cfg.sit, tokenizer.has_grid))
     ema = copy.deepcopy(sit).requires_grad_(False).eval()
     optimizers = {"model": adamw([sit], betas=sit.betas, weight_decay=0.0)}
     state = State(run, "sit", {"model": sit, "ema": ema}, optimizers, latents.seal["stamp"], {"tokenizer": tokenizer.state_dict()})
     velocity = state.parallel(sit)
     pieces = micro_batches(cfg.sit_batch_size, cfg.micro_batch, run.processes)
     items = batches(range(len(latents)), cfg.sit_batch_size, cfg.seed, state.step, pieces)
-    uniform, normal = {"flip": (), "drop": (), "t": ()}, dict.fromkeys(("noise", "end"), (cfg.num_latents, cfg.channels))
+    uniform, normal = {"flip": (), "drop": (), "t": ()}, dict.fromkeys(("noise", "end"), latent)
 
     for step in state.steps():
         draws = draw(run, "sit", step, cfg.sit_batch_size, pieces, uniform, normal)
@@ -190,11 +191,10 @@ def start_from(run: Run, stage: str, tokenizer: Tokenizer, adversary: Adversary 
         return sum(run.config.steps(name) for name in before), state_hash(tokenizer.encoder.state_dict())
     if (name := run.config.encoder_file) in VITS:
         official = load_official(ViT(name), name, run.config.weights, run.dry).state_dict()
-        with as_user_error(f"--encoder_init {run.config.encoder_init}: "):
-            if run.config.encoder_init == "teacher":
-                tokenizer.encoder.teacher.vit.load_state_dict(official)
-            else:
-                load_dinov2(tokenizer.encoder, official)
+        if run.config.encoder_init == "teacher":
+            tokenizer.encoder.teacher.vit.load_state_dict(official)
+        else:
+            load_dinov2(tokenizer.encoder, official)
     return 0, ""
 
 
@@ -210,28 +210,27 @@ def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
 @torch.no_grad()
 def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     """Posterior moments of each training image and its mirror image -> latents.npy, once; the tokenizer with their statistics."""
-    cfg, processes, path, items = run.config, run.processes, run.path("latents.npy"), run.train_items
-    tokenizer, of = trained_tokenizer(run)
+    processes, path, items, (tokenizer, of) = run.processes, run.path("latents.npy"), run.train_items, trained_tokenizer(run)
+    latent = tokenizer.tokens, tokenizer.channels  # L, C
     if not Latents.are_whole(path):
         parts = processes.batches(range(len(items)), 16)
         lists = [items[part].tolist() for part in parts]
-        sums = torch.zeros(3, cfg.channels, dtype=torch.float64)
-        with shared_array(path, (len(items),), Latents.record(cfg.num_latents, cfg.channels), processes) as rows:
-            for (images, labels), part in zip(progress(loader(run.data, lists, cfg.workers), "latents", processes), parts):
+        sums = torch.zeros(3, tokenizer.channels, dtype=torch.float64)
+        with shared_array(path, (len(items),), Latents.record(*latent), processes) as rows, run.autocast():
+            for (images, labels), part in zip(progress(loader(run.data, lists, run.config.workers), "latents", processes), parts):
                 images = to_float(images.to(run.device))
-                with run.autocast():
-                    posterior = tokenizer.encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
+                posterior = tokenizer.encode(torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1))
                 mean, std = (moment.unflatten(0, (-1, 2)).cpu() for moment in (posterior.mean, posterior.std))  # (b, 2, L, C)
                 batch = rows[part.start : part.stop]
                 batch["mean"], batch["std"], batch["label"] = mean.numpy(), std.numpy(), labels.numpy()
                 sums += torch.stack([moment.double().sum((0, 1, 2)) for moment in (mean, mean.square(), std.square())])
-        center, mean_square, variance = processes.sum(sums) / (2 * len(items) * cfg.num_latents)
+        center, mean_square, variance = processes.sum(sums) / (2 * len(items) * tokenizer.tokens)
         spread = (mean_square - center.square() + variance).sqrt()  # law of total variance
         if processes.first:  # written last
             seal = {"stamp": of, "latent_mean": center.tolist(), "latent_std": spread.tolist()}
             write_text(json.dumps(seal), path.with_suffix(".json"))
         processes.barrier()
-    latents = Latents(path, of, len(items), cfg.num_latents, cfg.channels, len(run.data.classes))
+    latents = Latents(path, of, len(items), *latent, len(run.data.classes))
     tokenizer.latent_mean.copy_(torch.tensor(latents.seal["latent_mean"]))
     tokenizer.latent_std.copy_(torch.tensor(latents.seal["latent_std"]))
     return tokenizer, latents

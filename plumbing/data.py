@@ -79,7 +79,9 @@ class ImageFolder(Dataset):
             raise UserError(f"data folder {root} has no images (looked for {', '.join(SUFFIXES)})")
         self.paths = [*loose, *(path for name in self.classes for path in found[name])]
         self.labels = [0] * len(loose) + [label for label, name in enumerate(self.classes) for _ in found[name]]
-        self.stamp = stamp_of(self.paths, root)
+        prefix = os.path.join(root, "")
+        lines = [f"{path.removeprefix(prefix)} {os.path.getsize(path)}\n" for path in self.paths]
+        self.stamp = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # of names and sizes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -100,13 +102,6 @@ class ImageFolder(Dataset):
             if len(self.unreadable) > min(max(1, len(self) // 100), len(self) - 1):
                 raise OSError(f"over 1 % of {len(self)} images cannot be read; mend or remove them, such as {error}") from error
             return self[(index + 1) % len(self)]
-
-
-def stamp_of(paths: list[str], root: str | Path) -> str:
-    """SHA-256 over names, below `root`, and sizes of files."""
-    prefix = os.path.join(root, "")
-    lines = [f"{path.removeprefix(prefix)} {os.path.getsize(path)}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def list_images(folder: Path, deep: bool) -> list[str]:
@@ -163,9 +158,9 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def write_image(rows: Tensor, path: str | Path, min_side: int = 64) -> None:
-    """uint8 (rows, columns, 3, S, S) -> a PNG grid; images under min_side px are enlarged by a whole factor."""
-    zoom = max(1, round(min_side / rows.shape[-1]))
+def write_image(rows: Tensor, path: str | Path) -> None:
+    """uint8 (rows, columns, 3, S, S) -> a PNG grid; images under 64 px are enlarged by a whole factor."""
+    zoom = max(1, round(64 / rows.shape[-1]))
     pixels = rows.cpu().permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
     image = ImageOps.scale(Image.fromarray(pixels.numpy()), zoom, Image.Resampling.NEAREST)
     with replacing(path) as temporary:
@@ -252,10 +247,7 @@ class Latents:
 
     def __init__(self, path: Path, stamp: str, count: int, tokens: int, channels: int, classes: int):
         seal, self.labels = path.with_suffix(".json"), range(max(1, classes))
-        remedy = f"delete {seal} and run the stage latents"
-        if not self.are_whole(path):
-            raise UserError(f"{path} does not exist, or not whole; run the stage latents first")
-        self.seal = read_json(seal)
+        self.seal, remedy = read_json(seal), f"delete {seal} and run the stage latents"
         if self.seal.get("stamp") != stamp:
             raise UserError(f"{path} is of another tokenizer or other data; {remedy}")
         with as_user_error(f"{path} is truncated or damaged; {remedy}: "):

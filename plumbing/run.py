@@ -229,11 +229,11 @@ def save_checkpoint(content: dict, path: str | Path) -> None:
         torch.save(content, temporary)
 
 
-def load_checkpoint(path: str | Path, form: dict[str, type] | None = None, mmap: bool = False) -> dict:
+def load_checkpoint(path: str | Path, form: dict[str, type] | None = None) -> dict:
     """A dict of tensors and plain values, on the CPU, with the keys and types of `form` at least. UserError; no code is run."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # released SiT checkpoints hold their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # mmap: newer files only
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=form is not None)  # ours; older files cannot be
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:

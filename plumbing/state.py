@@ -92,12 +92,11 @@ def frozen_networks(run: Run, cfg: Config) -> tuple[dict[str, nn.Module], nn.Mod
     if cfg.hog_weight:
         teachers["hog"] = CellHOG(grid, cfg.patch_size)
     eye = DINO() if cfg.adversarial_weight else None
-    for network in (*teachers.values(), eye):
-        if hasattr(network, "vit"):
-            load_official(network.vit, network.vit.name, cfg.weights, run.dry)
     lpips = load_lpips(cfg.weights, run.dry) if cfg.perceptual_weight else None
     for network in filter(None, (*teachers.values(), eye, lpips)):
-        run.place(network).eval().requires_grad_(False)
+        if hasattr(network, "vit"):
+            load_official(network.vit, network.vit.name, cfg.weights, run.dry)
+        run.place(network)
     return teachers, eye, lpips
 
 
@@ -249,7 +248,7 @@ def load_stage(run: Run, stage: str, of: str | None = None, finished: bool = Fal
         if finished:
             raise UserError(f"{path} does not exist; run the stage {stage} first")
         return None
-    saved = load_checkpoint(path, CHECKPOINT | {"data": str, "of": str}, mmap=True)
+    saved = load_checkpoint(path, CHECKPOINT | {"data": str, "of": str})
     now = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["fixes"] in ("all", stage)}
     now |= {"classes": list(run.data.classes), "stage": stage}
     for name, value in now.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from losses import LPIPS
 from plumbing.run import Processes, UserError, as_user_error, file_hash, load_checkpoint, warn
 
 
@@ -87,8 +88,6 @@ def load_official(network: nn.Module, name: str, folder: str = "", random_if_mis
 
 
 def load_lpips(folder: str = "", random_if_missing: bool = False) -> nn.Module:
-    from losses import LPIPS  # so that fid.py can be copied without that file
-
     lpips = LPIPS()
     for network, name in zip((lpips.vgg, lpips.linear), LPIPS_FILES):
         load_official(network, name, folder, random_if_missing)

@@ -122,7 +122,7 @@ def make_latents(run: Run, out: Path) -> None:
     config, count = run.config, len(run.train_items)
     tokenizer = build_tokenizer(vars(config)).eval()
     train.trained_tokenizer = lambda run: (tokenizer.to(run.device), "bench")
-    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(config.num_latents, config.channels), (count,))
+    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(tokenizer.tokens, config.channels), (count,))
     rows["mean"], rows["std"], rows["label"] = 0.5, 0.1, np.arange(count) % len(run.data.classes)
     rows.flush()
     zeros, ones = [0.0] * config.channels, [1.0] * config.channels
@@ -209,11 +209,11 @@ def main(arguments: list[str]) -> None:
     bench_terms(run, batch, peak)
     bench_loop(f"{config.generator} {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak)
     tokenizer = build_tokenizer(vars(config)).to(device).eval()
-    sit = GENERATORS[config.generator](config.num_latents, config.channels, 10, config.sit, tokenizer.has_grid).to(device)
+    sit = GENERATORS[config.generator](tokenizer.tokens, config.channels, 10, config.sit, tokenizer.has_grid).to(device)
 
     @torch.no_grad()
     def sampling():
-        noise = seeded_noise(0, list(range(few)), (config.num_latents, config.channels), device)
+        noise = seeded_noise(0, list(range(few)), (tokenizer.tokens, config.channels), device)
         tokenizer.decode(sample(sit, noise, torch.arange(few, device=device) % 10, 10, "sde", 10, 2.0).float())
 
     report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)

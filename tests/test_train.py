@@ -303,6 +303,7 @@ def test_every_config_field_is_read_by_a_run(images, tmp_path, monkeypatch):
     built_from = {
         "image_size",
         "patch_size",
+        "tokens",
         "channels",
         "size",
         "posterior",
