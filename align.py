@@ -48,8 +48,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.trained_grid**2, self.width))
         self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, self.width)) if self.registers else None
         is_dinov2 = name.startswith("dinov2")
-        unused = nn.Parameter(torch.zeros(1, self.width), requires_grad=False)
-        self.mask_token = unused if is_dinov2 else None  # in the file, not used here
+        self.mask_token = nn.Parameter(torch.zeros(1, self.width), requires_grad=False) if is_dinov2 else None  # of the file alone
         self.patch_embed = PatchEmbed(self.patch_size, self.width)
         self.blocks = nn.ModuleList(Block(self.width, heads, layer_scale=is_dinov2) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)

@@ -264,7 +264,6 @@ def check_config(config: Config, processes: Processes) -> None:
         micro_batches(getattr(config, f"{prefix}batch_size"), config.micro_batch, processes, prefix)
     with as_user_error(), torch.device("meta"):
         tokenizer = build_tokenizer(asdict(config))
-        GENERATORS[config.generator](tokenizer.tokens, tokenizer.channels, 0, config.sit)
     patches = f"{tokenizer.num_patches} patches of --patch_size {config.patch_size}"
     if tokenizer.tokens > tokenizer.num_patches:
         raise UserError(f"--tokens {config.tokens} is more than the {patches}; use fewer tokens or smaller patches")

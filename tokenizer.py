@@ -304,8 +304,6 @@ def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
     With R the matrix of a bicubic antialiased resize from p x p to the new size, the new kernel is kernel @ pinv(R).
     """
     old = kernel.shape[-1]
-    if old == patch_size:
-        return kernel
     unit = torch.eye(old**2).view(old**2, 1, old, old)
     resize = F.interpolate(unit, size=(patch_size, patch_size), mode="bicubic", antialias=True)
     inverse = torch.linalg.pinv(resize.view(old**2, -1).double())  # (new^2, old^2)

@@ -63,13 +63,13 @@ def train_on_images(run: Run, stage: str) -> dict:
     loaded = iter(loader(run.data, batches(run.train_items, cfg.batch_size, cfg.seed, state.step, pieces), cfg.workers))
     uniform = {"flip": (), "ratio": (), "coin": (), "order": (tokenizer.num_patches,), "augment": (4, DRAWS), "tau": ()}
     normal = dict.fromkeys(("noise", "eps"), (tokenizer.tokens, tokenizer.channels))
+    begin = cfg.discriminator_start - age if adversary else math.inf  # the discriminator's first step in this stage
     dropping, numbers = cfg.mask == "dropped", None
 
     for step in state.steps():
         draws = draw(run, stage, step, cfg.batch_size, pieces, uniform, normal, alike=("ratio",) if dropping else ())
         left = 1 - step / steps if cfg.stages[stage].fades else 1.0  # of the mask ratio
-        judging = eye and age + step >= cfg.discriminator_start  # does the discriminator learn
-        fooling = eye and age + step >= cfg.discriminator_start * 5 // 4  # does the decoder feel it
+        judging, fooling = step >= begin, step >= begin + cfg.discriminator_start // 4  # it learns; the decoder feels it
 
         for d in draws:  # gradient accumulation
             state.exchange(d is draws[-1])
@@ -89,7 +89,7 @@ def train_on_images(run: Run, stage: str) -> dict:
                 on_latents = {"kl": posterior.kl().sum(1).mean()} | compare(z, targets, mask)  # eq. 9, eq. 3-6
                 pixels = reconstruction.detach().requires_grad_()  # losses on pixels end here: each network is passed once
                 on_pixels = {"mse": F.mse_loss(pixels, x)} | ({"perceptual": lpips(pixels, x).mean()} if lpips else {})
-                judgement, fooled, logs = judge(eye, pixels, x, d.augment, bool(fooling)) if judging else (None, None, {})
+                judgement, fooled, logs = judge(eye, pixels, x, d.augment, fooling) if judging else (None, None, {})
             (slope,) = torch.autograd.grad(total(on_pixels, weights), pixels)
             if fooling:
                 (against,) = torch.autograd.grad(fooled, pixels)
@@ -204,7 +204,7 @@ def trained_tokenizer(run: Run) -> tuple[Tokenizer, str]:
     stage = next((name for name in reversed(stages) if run.path(f"{name}.pt").exists()), stages[0])
     tokenizer = build_tokenizer(asdict(run.config))
     tokenizer.load_state_dict(load_stage(run, stage, finished=True)["ema"])
-    return tokenizer.to(run.device).eval(), state_hash(tokenizer.encoder.state_dict(), run.data.stamp)
+    return run.place(tokenizer).eval(), state_hash(tokenizer.encoder.state_dict(), run.data.stamp)
 
 
 @torch.no_grad()

@@ -226,10 +226,8 @@ class State:
             advice = "the latents carry no image; if it lasts, lower --kl_weight"
             warn(f"the posterior has collapsed to its prior ({left}): {advice}", processes)
         if self.skipped[2] >= MAX_BAD_STEPS:
-            raise UserError(
-                f"{int(self.skipped[2])} steps in a row of stage {self.stage} had non-finite gradients and were skipped; "
-                f"the last checkpoint is kept; start again in another --out with a lower learning rate"
-            )
+            skipped = f"{int(self.skipped[2])} steps in a row of stage {self.stage} had non-finite gradients and were skipped"
+            raise UserError(f"{skipped}; the last checkpoint is kept; start again in another --out with a lower learning rate")
         self.skipped[2] = self.skipped[1]
         self.sums, self.counts, self.ends = {}, {}, self.ends[-1:]
 

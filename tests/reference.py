@@ -1,11 +1,15 @@
 """What the tests share: reference arrays of public implementations, deterministic weights, tiny data, the command lines."""
 
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -107,14 +111,28 @@ def command(script: str, *words: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / script), *(word for text in words for word in str(text).split())]
 
 
-def call(script: str, *words: str, processes: int = 1, **settings) -> subprocess.CompletedProcess:
+def shell(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a script of the project to its end, on one thread per process."""
-    argv = command(script, *words, processes=processes)
-    return subprocess.run(argv, capture_output=True, text=True, env=ENV, **settings)
+    return subprocess.run(command(script, *words, processes=processes), capture_output=True, text=True, env=ENV)
+
+
+def call(script: str, *words: str) -> subprocess.CompletedProcess:
+    """The same in this process, which saves the start of another."""
+    from plumbing.run import command_line
+
+    argv, main = command(script, *words)[1:], importlib.import_module(Path(script).stem).main
+    texts = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in "oe"]
+    with redirect_stdout(texts[0]), redirect_stderr(texts[1]), mock.patch.object(sys, "argv", argv):
+        try:
+            command_line(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(argv, code, *(text.buffer.getvalue().decode() for text in texts))
 
 
 def succeed(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    done = call(script, *words, processes=processes)
+    done = shell(script, *words, processes=processes) if processes > 1 else call(script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -29,6 +29,7 @@ from reference import (
     make_folder,
     official_folder,
     same_weights,
+    shell,
     succeed,
 )
 
@@ -510,7 +511,7 @@ def test_bad_arguments_get_one_sentence(words, named, tmp_path, capsys, monkeypa
 
 def test_bad_arguments_through_the_shell(tmp_path):
     for script, words, named in (("train.py", "--tokens 7 --image_size 16", "7"), ("sample.py", f"{tmp_path}", "not a run")):
-        done = call(script, words)
+        done = shell(script, words)
         assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
