@@ -3,7 +3,7 @@
 import importlib
 import re
 import shlex
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 from reference import ROOT, TINY, make_folder, official_folder
@@ -39,6 +39,7 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
     # A pixel's three values in the place of Inception's 2048, to be quick.
     monkeypatch.setattr(fid, "inception_features", lambda model, images, resize: images[:, :, 5, 5].float().cpu())
     monkeypatch.setattr(fid.InceptionV3, "logits", lambda model, pool3: pool3)
+    monkeypatch.setattr(fid, "load_inception", cache(fid.load_inception))
     monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
     make_folder(tmp_path / "photos", 0, 20)
     make_folder(tmp_path / "imagenet" / "train", 3, 10)

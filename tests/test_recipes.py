@@ -101,9 +101,9 @@ def test_ldetok_drops_as_many_patches_of_each_image_and_noises_in_training_only(
     assert len(noised) == 6 and all(gamma == 3.0 and len(tau.unique()) == len(tau) for _, tau, _, gamma in noised)
 
 
-def test_preservation_begins_at_zero_and_is_weighed_by_the_gradients(images, weights, tmp_path):
+def test_preservation_begins_at_zero_and_is_weighed_by_the_gradients(images, small_dinov2, tmp_path):
     """The joint stage starts from the encoder whose latents it preserves; the first step measures no gradient of the distance."""
-    words = f"--recipe aligntok --tokens 0 --teacher dinov2_vits14 --lr 1e-3 --weights {weights} --patch_size 4 --log_every 1"
+    words = f"--recipe aligntok --tokens 0 --teacher dinov2_vits14 --lr 1e-3 --weights {small_dinov2} --patch_size 4 --log_every 1"
     out = tmp_path / "out"
     train.main(f"{TINY} {words} --tokenizer_steps 17 --stage adapter --data {images} --out {out}".split())
     train.main(f"{TINY} {words} --tokenizer_steps 17 --stage joint --data {images} --out {out}".split())
@@ -114,8 +114,8 @@ def test_preservation_begins_at_zero_and_is_weighed_by_the_gradients(images, wei
     assert weights_of[0] == pytest.approx(0, abs=1e-4) and all(0 < weight <= 100.1 for weight in weights_of[1:])
     assert np.std(weights_of[1:]) > 0
     adapter, joint = (load_checkpoint(out / f"{stage}.pt") for stage in ("adapter", "joint"))
-    frozen, moved = "encoder.teacher.vit.blocks.3.attn.qkv.weight", "encoder.adapter.0.weight"
-    official = load_checkpoint(weights / "dinov2_vits14_pretrain.pth")["blocks.3.attn.qkv.weight"]
+    frozen, moved = "encoder.teacher.vit.blocks.1.attn.qkv.weight", "encoder.adapter.0.weight"
+    official = load_checkpoint(small_dinov2 / "dinov2_vits14_pretrain.pth")["blocks.1.attn.qkv.weight"]
     assert torch.equal(adapter["model"][frozen], official) and not torch.equal(joint["model"][frozen], official)
     assert not torch.equal(adapter["model"][moved], joint["model"][moved])
 
