@@ -30,7 +30,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import align
 align.VITS["dinov2_vits14"] = (48, 2, 3, 14, 37, 0)
-"""  # narrow and shallow: a checkpoint is of 4 MB in place of 350
+"""  # narrow and shallow: a checkpoint is of 12 MB in place of 350
 
 
 @pytest.fixture
