@@ -133,7 +133,7 @@ def load_evaluator(args: Namespace, processes: Processes) -> tuple[InceptionV3, 
 
 def image_features(images: ImageSet, model: InceptionV3, args: Namespace, processes: Processes) -> Tensor | None:
     """pool3 (N, 2048) of a set's images, on the first process; None elsewhere."""
-    batches = processes.batches(range(images.count), BATCH)
+    batches = processes.share(range(images.count), BATCH)
     parts = ({"pool3": inception_features(model, images.read(rows), args.resize)} for rows in batches)
     return processes.gather(progress(parts, f"features of {images.path}", processes, total=len(batches))).get("pool3")
 
@@ -208,7 +208,7 @@ def rfid(args: Namespace, processes: Processes) -> None:
     if not args.held_out and Path(args.data) == Path(run.config["data"] or "shapes"):
         warn(f"the run was trained on {args.data}; --held_out takes only what that held out", processes)
     parts = []
-    for chosen in progress(processes.batches(items, BATCH), "reconstructions", processes):
+    for chosen in progress(processes.share(items, BATCH), "reconstructions", processes):
         images = torch.stack([image for image, _ in READERS.map(data.read, chosen)]).to(processes.device)
         part = {"originals": inception_features(model, images, args.resize)}
         posterior = run.tokenizer.encode(to_float(images))
@@ -236,7 +236,7 @@ def probe(args: Namespace, processes: Processes) -> None:
     if len(data.classes) < 2 or len(data) < 20:
         raise UserError(f"{args.data} has {len(data)} images in {len(data.classes)} classes; 20 in 2 are the least")
     parts = []
-    for rows in progress(processes.batches(range(len(data)), BATCH), "latents", processes):
+    for rows in progress(processes.share(range(len(data)), BATCH), "latents", processes):
         images, labels = zip(*READERS.map(data.read, rows))
         posterior = run.tokenizer.encode(to_float(torch.stack(images).to(processes.device)))
         parts.append({"latents": posterior.mean.flatten(1).cpu(), "labels": torch.tensor(labels)})

@@ -54,7 +54,7 @@ class Config:
     seed: int = arg(0, "of everything random", least=0, most=2**63 - 1)
     recipe: str = arg("mactok", "the method, with its stages", choices=METHODS)
     # the tokenizer
-    image_size: int = arg(32, "pixels; images are centre-cropped", "paper 4.1: 256, 512", least=16, most=4096)  # LPIPS's least
+    image_size: int = arg(32, "pixels; images are centre-cropped", "paper 4.1: 256, 512", least=11, most=4096)  # SSIM's window
     patch_size: int = arg(0, "pixels; 0 = the largest power of two for which L divides N", "config: 16", least=0)
     tokens: int = arg(16, "L, latent tokens per image; 0 = none, one latent per patch", "paper 4.1: 128, 64", least=0, most=2**16)
     channels: int = arg(16, "C, channels per token", "paper 4.1: 32", least=1, most=2**12)
@@ -260,6 +260,8 @@ def check_config(config: Config, processes: Processes) -> None:
         raise UserError(f"--preservation_weight {config.preservation_weight}: stage {first} has no stage before it to preserve")
     if config.adversarial_weight and config.image_size % 16:
         raise UserError(f"--image_size is {config.image_size}; the discriminator's DINO needs a multiple of 16")
+    if config.perceptual_weight and config.image_size < 16:
+        raise UserError(f"--image_size is {config.image_size}; LPIPS needs at least 16")
     for prefix in ("", "sit_"):
         micro_batches(getattr(config, f"{prefix}batch_size"), config.micro_batch, processes, prefix)
     with as_user_error(), torch.device("meta"):

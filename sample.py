@@ -129,7 +129,7 @@ def write_npz(run: TrainedRun, classes: list[int], count: int, batch: int, path:
     side, images = run.config["image_size"], path.with_name(f"{path.name}.{processes.launch}.npy")
     labels = np.resize(classes, count)
     with shared_array(images, (count, side, side, 3), np.uint8, processes) as rows:
-        for part in progress(processes.batches(range(count), batch), "samples", processes):
+        for part in progress(processes.share(range(count), batch), "samples", processes):
             rows[part] = generate(run, torch.from_numpy(labels[part]), list(part), **settings).permute(0, 2, 3, 1).numpy()
     if processes.first:
         try:

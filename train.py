@@ -213,7 +213,7 @@ def cache_latents(run: Run) -> tuple[Tokenizer, Latents]:
     processes, path, items, (tokenizer, of) = run.processes, run.path("latents.npy"), run.train_items, trained_tokenizer(run)
     latent = tokenizer.tokens, tokenizer.channels  # L, C
     if not Latents.are_whole(path):
-        parts = processes.batches(range(len(items)), 16)
+        parts = processes.share(range(len(items)), 16)
         lists = [items[part].tolist() for part in parts]
         sums = torch.zeros(3, tokenizer.channels, dtype=torch.float64)
         with shared_array(path, (len(items),), Latents.record(*latent), processes) as rows, run.autocast():

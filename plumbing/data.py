@@ -1,10 +1,12 @@
 """Images from folders to batches, pictures back to files, and the latents on disk."""
 
 import hashlib
+import io
 import itertools
 import math
 import os
 import signal
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,22 +181,25 @@ class ImageSet:
             self.count, self.shape = len(self.folder), self.folder.read(0)[0].shape
             return
         with as_user_error(f"{path} cannot be read: "):  # whatever numpy, zipfile and zlib say of a damaged one
-            archive = np.lib.npyio.NpzFile(path)
-            if "arr_0" in archive:
-                self.pixels = archive.zip.open("arr_0.npy")
+            archive = zipfile.ZipFile(path)
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" in names:
+                self.pixels = archive.open("arr_0.npy")
                 np.lib.format.read_magic(self.pixels)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.pixels)
                 if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
                     raise ValueError(f"arr_0 is {dtype} {shape}; images must be uint8 (N, H, W, 3), values 0 to 255")
                 self.count, self.shape, self.start = shape[0], shape[1:], self.pixels.tell()
-            if "mu" in archive and "sigma" in archive:
-                mu, sigma = (np.asarray(archive[name], float) for name in ("mu", "sigma"))
+            if "mu" in names and "sigma" in names:
+                small = [name for name in ("mu", "sigma", "N", "hash", "resize", "weights") if name in names]
+                files = [io.BytesIO(archive.open(f"{name}.npy").read(1 << 28)) for name in small]  # no more of what unpacks to more
+                mu, sigma, *made = (np.lib.format.read_array(file, allow_pickle=False) for file in files)
                 if mu.ndim != 1 or not mu.size or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
                     raise ValueError(f"mu is {mu.shape} and sigma {sigma.shape}; they must be finite, of shapes (D,) and (D, D)")
-                self.moments = mu, sigma
-                self.made = {name: archive[name].item() for name in ("N", "hash", "resize", "weights") if name in archive}
+                self.moments = mu.astype(float), sigma.astype(float)
+                self.made = {name: value.item() for name, value in zip(small[2:], made)}
             if not self.count and not self.moments:
-                raise ValueError(f"it has neither arr_0 nor mu and sigma, but {', '.join(archive) or 'nothing'}")
+                raise ValueError(f"it has neither arr_0 nor mu and sigma, but {', '.join(names) or 'nothing'}")
 
     def read(self, rows: range) -> Tensor:
         """-> uint8 (b, 3, H, W). Rows in rising order read an archive once, and it never lies in memory."""
@@ -247,7 +252,10 @@ class Latents:
 
     def __init__(self, path: Path, stamp: str, count: int, tokens: int, channels: int, classes: int):
         seal, self.labels = path.with_suffix(".json"), range(max(1, classes))
-        self.seal, remedy = read_json(seal), f"delete {seal} and run the stage latents"
+        remedy = f"delete {seal} and run the stage latents"
+        if not self.are_whole(path):
+            raise UserError(f"{path} does not exist, or not whole; run the stage latents first")
+        self.seal = read_json(seal)
         if self.seal.get("stamp") != stamp:
             raise UserError(f"{path} is of another tokenizer or other data; {remedy}")
         with as_user_error(f"{path} is truncated or damaged; {remedy}: "):

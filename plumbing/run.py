@@ -125,8 +125,8 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def batches(self, items: Sequence, size: int) -> list[Sequence]:
-        """This process's part of the items in batches, whose borders do not depend on the process count."""
+    def share(self, items: Sequence, size: int) -> list[Sequence]:
+        """This process's part of the items, in batches whose borders do not depend on the process count."""
         every = [items[start : start + size] for start in range(0, len(items), size)]
         return every[len(every) * self.rank // self.world : len(every) * (self.rank + 1) // self.world]
 

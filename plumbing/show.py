@@ -43,7 +43,7 @@ def against_held_out(run: Run, make: Callable[[Tensor, range], Tensor], *metrics
     def features(images: Tensor) -> Tensor:
         return inception_features(run.inception, images) if run.inception else hog(to_float(images))[1].flatten(1)
 
-    for rows in run.processes.batches(range(count), 64):
+    for rows in run.processes.share(range(count), 64):
         images = torch.stack([run.data[i][0] for i in run.eval_items[rows]])
         copies = make(images, rows)
         part = {metric.__name__: metric(images, copies) for metric in metrics}

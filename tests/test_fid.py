@@ -483,7 +483,7 @@ def float_folder(path):
     (bad_npz(mu=np.zeros(0), sigma=np.zeros((0, 0))), r"mu is \(0,\)"),
     (bad_npz(mu=np.zeros(4), sigma=np.eye(4), N=np.arange(2)), "cannot be read: can only convert an array of size 1"),
     (bad_npz(mu=np.zeros(4), sigma=np.array("a")), "cannot be read"),
-    (bad_sigma(b"no array"), "cannot be read: could not convert"),
+    (bad_sigma(b"no array"), "cannot be read: the magic string is not correct"),
     (bad_sigma(b"\x93NUMPY\x01\x00\x05\x00none\n"), "cannot be read: malformed"),
     (bad_sigma(float_header((40_000, 40_000))), "cannot be read"),
     (bad_sigma(b"", method=97), "cannot be read: That compression method is not supported"),

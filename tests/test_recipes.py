@@ -25,19 +25,19 @@ FAMILY = {  # recipe: flags, the stage in which it is killed
 }
 
 
+SMALL = (48, 2, 3, 14, 37, 0)  # DINOv2's layout, narrow and shallow: a checkpoint is of 12 MB in place of 350
 SMALL_DINOV2 = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import align
-align.VITS["dinov2_vits14"] = (48, 2, 3, 14, 37, 0)
-"""  # narrow and shallow: a checkpoint is of 12 MB in place of 350
+align.VITS["dinov2_vits14"] = {SMALL}
+"""
 
 
 @pytest.fixture
 def small_dinov2(monkeypatch, tmp_path):
     """In this process, as SMALL_DINOV2 in others; a folder with its file."""
-    monkeypatch.setitem(align.VITS, "dinov2_vits14", align.VITS["dinov2_vits14"])
-    exec(SMALL_DINOV2)
+    monkeypatch.setitem(align.VITS, "dinov2_vits14", SMALL)
     state = {key: fill(key, value.shape) for key, value in align.ViT("dinov2_vits14").state_dict().items()}
     torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
     return tmp_path
