@@ -1,284 +1,587 @@
-"""What keeps a tokenizer from collapsing, and what masks and alignment do besides: experiments of many short runs, with seeds.
+"""What keeps a tokenizer from collapsing, and what masks and alignment do: many short runs, with
+seeds.
 
-    python lab.py collapse --quick    # minutes on a laptop: fewer settings and steps, one seed, in lab_quick/
-    python lab.py collapse            # KL weight x {nothing, masks, alignment}: what survives (paper fig. 5, 7, 9-11)
+    python lab.py collapse --quick    # minutes on a laptop: fewer settings and steps, one seed
+    python lab.py collapse            # KL weight x {nothing, masks, alignment} (paper fig. 5, 7)
     python lab.py ratio               # the largest share of hidden patches (paper tab. 4)
     python lab.py modules             # masks and alignment one by one (paper tab. 5)
-    python lab.py recipes             # all recipes at equal steps; --plan: what would run, and how long; --draw: draw again
+    python lab.py recipes             # all recipes at equal steps
+    python lab.py recipes --plan      # what would run, and for how long (--draw: pictures again)
 
-A cell is a row of flags for train.py; with a seed it is an ordinary run in OUT/EXPERIMENT/. The same command passes over finished
-ones and resumes an interrupted one. Any other flag is train.py's, and holds for all cells. KL weights b are given as sigma:
-mean MSE + b KL over d pixel values in [-1, 1] is a VAE with pixel noise sigma^2 = b d / 2. So they mean the same at every size:
-1e-6 at 256 px is sigma = 0.31, which at the toy's 32 px is b = 6.3e-5.
+A cell is a setting, a row of flags for train.py; with a seed it is an ordinary run, in a folder of
+its own in OUT/EXPERIMENT/. The same command passes over finished runs and resumes an interrupted
+one. Any other flag is train.py's, and holds for all cells.
+
+KL weights b are given as sigma: mean MSE + b KL over d pixel values in [-1, 1] is a VAE with pixel
+noise of variance sigma^2 = b d / 2, so that a sigma means the same at every image size. The usual b
+= 1e-6 at 256 px is sigma = 0.31, which at the toy's 32 px is b = 6.3e-5.
 """
 
 import json
 import time
-from collections import namedtuple
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import train
-from fid import linear_probe
-from plumbing.data import open_dataset, split, spread, to_float
-from plumbing.run import Parser, Processes, UserError, as_user_error, command_line, load_checkpoint, progress, read_json
-from plumbing.run import replacing, save_checkpoint, warn, within, write_text
-from plumbing.state import COLLAPSED
-from recipes import RECIPES, parse_config
+from evaluate import linear_probe
+from options import parse_config
+from recipes import RECIPES, Config
 from sample import load_run, reconstruct
+from utils.console import Parser, UserError, as_user_error, bounded, progress, run_main, warn
+from utils.data import evenly_spaced, open_dataset, read_batch, train_val_split
+from utils.distributed import Distributed
+from utils.files import atomic_write, load_torch, read_json, save_torch, write_text
+from utils.images import to_float
 
-# fmt: off
-NOTHING, LOCAL, BOTH = (dict(mask="none", local_weight=a, global_weight=b) for a, b in ((0, 0), (0.1, 0), (0.1, 0.1)))
-MIXED, PAPER = dict(mask="mixed"), dict(mask_ratio=0.7)  # weights: config; M: paper 4.1
-MEASURED = PAPER | dict(sit_batch_size=64)  # what results/ was made with
-SETTINGS = {"nothing": NOTHING} | {f"{mask} mask": NOTHING | dict(mask=mask) for mask in ("latent", "random", "semantic", "mixed")}
-SETTINGS |= {"local": LOCAL, "local + global": BOTH, "all": BOTH | MIXED}  # against collapse
-RATIOS = {"no mask": {}} | {f"M = {most}": dict(mask="random", mask_ratio=most) for most in (0.4, 0.5, 0.6, 0.7, 0.8)}
-RATIOS |= {"0.7 semantic": dict(mask="semantic"), "0.7 mixed": MIXED}  # tab. 4, without guidance and fine-tuning
-MODULES = {"nothing": NOTHING, "+ random mask": NOTHING | dict(mask="random"), "+ local": LOCAL | dict(mask="random")}
-MODULES |= {"+ semantic mask": LOCAL | MIXED, "+ global": BOTH | MIXED}  # tab. 5, from the row above its first
-Experiment = namedtuple("Experiment", "cells quick common sigmas stages steps")
-EXPERIMENTS = {  # {cell: flags}; cells of --quick; flags of all; sigmas, None: the recipe's; stages of train.py; steps, --quick's
-    "collapse": Experiment(SETTINGS, ("nothing", "latent mask", "mixed mask", "local + global", "all"), PAPER,
-                           (0.31, 0.8, 1.25, 2.0), ("tokenizer",), (500, 300)),  # --quick: every second sigma, one seed
-    "ratio": Experiment(RATIOS, ("no mask", "M = 0.4", "M = 0.7"), BOTH | MEASURED | dict(guidance=1), (0.31,),
-                        ("tokenizer", "latents", "sit"), (800, 300)),
-    "modules": Experiment(MODULES, ("nothing", "+ random mask", "+ global"), MEASURED, (0.31,), ("all",), (800, 300)),
-    "recipes": Experiment({r: dict(recipe=r) for r in RECIPES}, ("mactok", "kl", "ae"), {}, (None,), ("all",), (1000, 300)),
+# --------------------------------------------------------------------------------------------------
+# The experiments.
+
+# Settings. The weights are the config's, and M = 0.7 is the paper's.
+NOTHING = dict(mask="none", local_weight=0, global_weight=0)
+LOCAL = dict(mask="none", local_weight=0.1, global_weight=0)
+LOCAL_GLOBAL = dict(mask="none", local_weight=0.1, global_weight=0.1)
+MIXED = dict(mask="mixed")
+PAPER_RATIO = dict(mask_ratio=0.7)
+WIDE_BATCH = PAPER_RATIO | dict(generator_batch_size=64)  # what results/ was made with
+
+AGAINST_COLLAPSE = {
+    "nothing": NOTHING,
+    "latent mask": NOTHING | dict(latent_mask=1),
+    "random mask": NOTHING | dict(mask="random"),
+    "semantic mask": NOTHING | dict(mask="semantic"),
+    "mixed mask": NOTHING | MIXED,
+    "local": LOCAL,
+    "local + global": LOCAL_GLOBAL,
+    "all": LOCAL_GLOBAL | MIXED,
 }
-LENGTHS = dict(tokenizer_steps=1, sit_steps=1, decoder_steps=10, save_every=5, log_every=20)  # the steps by this, rounded up
-LINEAR = "linear optimum"  # needs no training: see water_filling
-COLOURS = dict(zip([*SETTINGS, LINEAR], "black tab:brown #6baed6 #2171b5 #08306b #fdae6b #e6550d #2ca02c grey".split()))
-MEASURES = {"kl_per_token": "KL per token (nats)", "active_units": "active units (share)", "psnr": "PSNR, held out (dB)",
-            "probe": "linear probe (share right)", "distance": "Frechet distance of samples"}
-# fmt: on
-Cell = namedtuple("Cell", "name folder words stages")  # folder: of the run, with its seed; words: after train.py
+RATIOS = {"no mask": {}}  # paper tab. 4, without guidance and decoder fine-tuning
+RATIOS |= {f"M = {m}": dict(mask="random", mask_ratio=m) for m in (0.4, 0.5, 0.6, 0.7, 0.8)}
+RATIOS |= {"0.7 semantic": dict(mask="semantic"), "0.7 mixed": MIXED}
+MODULES = {  # paper tab. 5, from the row above its first
+    "nothing": NOTHING,
+    "+ random mask": NOTHING | dict(mask="random"),
+    "+ local": LOCAL | dict(mask="random"),
+    "+ semantic mask": LOCAL | MIXED,
+    "+ global": LOCAL_GLOBAL | MIXED,
+}
 
 
-def plan(name: str, out: Path, seeds: int, quick: bool, steps: int | None, extra: list[str]) -> list[Cell]:
-    """The runs of an experiment, seed by seed: an interrupted one has whole tables of fewer seeds."""
-    about, plans, d = EXPERIMENTS[name], [], 3 * parse_config(extra)[0].image_size ** 2
-    steps, cells = steps or about.steps[quick], about.quick if quick else about.cells
-    for seed, sigma, cell in product(range(1 if quick else seeds), about.sigmas[:: 1 + quick], cells):
-        folder = out / name / f"{cell}-sigma{sigma}-seed{seed}".replace(" ", "").replace("-sigmaNone", "")
-        flags = {flag: -(-steps // part) for flag, part in LENGTHS.items()} | about.common | about.cells[cell]
-        flags |= {"seed": seed, "out": folder} | ({"kl_weight": f"{2 * sigma**2 / d:.4g}"} if sigma else {})
-        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        plans.append(Cell(cell, folder, [*words, *extra], about.stages))
-    return plans
+class Experiment(NamedTuple):
+    """A question: settings to compare, at one or several KL weights."""
+
+    cells: dict[str, dict]  # flags by setting
+    quick_cells: tuple[str, ...]  # the settings of --quick
+    common: dict  # flags of all settings
+    sigmas: tuple[float | None, ...]  # KL weights; None is the recipe's own. --quick: every second
+    stages: tuple[str, ...]  # the stages of train.py
+    steps: int
+    quick_steps: int
+
+
+EXPERIMENTS = {
+    "collapse": Experiment(
+        AGAINST_COLLAPSE,
+        quick_cells=("nothing", "latent mask", "mixed mask", "local + global", "all"),
+        common=PAPER_RATIO,
+        sigmas=(0.31, 0.8, 1.25, 2.0),
+        stages=("tokenizer",),
+        steps=500,
+        quick_steps=300,
+    ),
+    "ratio": Experiment(
+        RATIOS,
+        quick_cells=("no mask", "M = 0.4", "M = 0.7"),
+        common=LOCAL_GLOBAL | WIDE_BATCH | dict(guidance=1),
+        sigmas=(0.31,),
+        stages=("tokenizer", "latents", "generator"),
+        steps=800,
+        quick_steps=300,
+    ),
+    "modules": Experiment(
+        MODULES,
+        quick_cells=("nothing", "+ random mask", "+ global"),
+        common=WIDE_BATCH,
+        sigmas=(0.31,),
+        stages=("all",),
+        steps=800,
+        quick_steps=300,
+    ),
+    "recipes": Experiment(
+        {name: dict(recipe=name) for name in RECIPES},
+        quick_cells=("mactok", "kl", "ae"),
+        common={},
+        sigmas=(None,),
+        stages=("all",),
+        steps=1000,
+        quick_steps=300,
+    ),
+}
+# Each of these is the number of steps divided by this, rounded up.
+STEP_DIVISORS = {
+    "tokenizer_steps": 1,
+    "generator_steps": 1,
+    "decoder_steps": 10,
+    "save_every": 5,
+    "log_every": 20,
+}
+
+
+class Cell(NamedTuple):
+    """One run: a setting with a KL weight and a seed."""
+
+    name: str  # of the setting
+    folder: Path
+    argv: list[str]  # for train.py
+    stages: tuple[str, ...]
+
+
+def plan(
+    experiment: str, out: Path, seeds: int, quick: bool, steps: int | None, extra: list[str]
+) -> list[Cell]:
+    """The runs of an experiment, seed by seed, so that an interrupted one has whole tables."""
+    about = EXPERIMENTS[experiment]
+    config, _ = parse_config(extra)
+    num_values = 3 * config.image_size**2
+    if steps is None:
+        steps = about.quick_steps if quick else about.steps
+    names = about.quick_cells if quick else about.cells
+    sigmas = about.sigmas[::2] if quick else about.sigmas
+    cells = []
+    for seed, sigma, name in product(range(1 if quick else seeds), sigmas, names):
+        folder = f"{name}-seed{seed}" if sigma is None else f"{name}-sigma{sigma}-seed{seed}"
+        folder = out / experiment / folder.replace(" ", "")
+        flags = {flag: -(-steps // divisor) for flag, divisor in STEP_DIVISORS.items()}
+        flags |= about.common | about.cells[name] | {"seed": seed, "out": folder}
+        if sigma is not None:
+            flags["kl_weight"] = f"{2 * sigma**2 / num_values:.4g}"
+        argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        cells.append(Cell(name, folder, [*argv, *extra], about.stages))
+    return cells
+
+
+# --------------------------------------------------------------------------------------------------
+# Running and measuring.
 
 
 def run_cell(cell: Cell) -> None:
-    """Train it, or go on with it, and measure it. cell.json, written last, says that it is finished."""
+    """Train a run, or go on with it, and measure it. cell.json is written last."""
     start = time.perf_counter()
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with open(cell.folder / "console.txt", "a") as console, redirect_stdout(console), redirect_stderr(console):
+    console = open(cell.folder / "console.txt", "a")  # noqa: SIM115  closed by the next line
+    with console, redirect_stdout(console), redirect_stderr(console):
         for stage in cell.stages:
-            train.main([*cell.words, "--stage", stage])
-    numbers = measure(cell.folder, Processes.start(parse_config(cell.words)[1].device).device)
-    write_text(json.dumps(numbers | {"seconds": round(time.perf_counter() - start, 1)}), cell.folder / "cell.json")
+            train.main([*cell.argv, "--stage", stage])
+    _, options = parse_config(cell.argv)
+    measures = measure(cell.folder, Distributed.start(options.device).device)
+    measures["seconds"] = round(time.perf_counter() - start, 1)
+    write_text(json.dumps(measures), cell.folder / "cell.json")
 
 
-def read_images(config: dict) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """All images of a run, uint8 (n, 3, S, S), their labels (n,), and which of them are held out."""
-    data = open_dataset(config["data"], config["image_size"])
-    images, labels = zip(*(data[i] for i in range(len(data))))
-    return torch.stack(images), torch.tensor(labels), split(len(data), config["eval_images"])[1]
+def read_all_images(config: Config) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Images uint8 (n, 3, S, S), labels (n,), and the indices of those that a run held out."""
+    data = open_dataset(config.data_dir, config.image_size)
+    images, labels = read_batch(data, range(len(data)))
+    _, held_out = train_val_split(data.labels, config.eval_images)
+    return images, labels, held_out
 
 
 @torch.no_grad()
 def measure(folder: Path, device: torch.device) -> dict[str, float]:
-    """What the averaged weights make of whole images -> measures; and views.pt, what pictures need.
+    """What the averaged weights make of whole images; and plots.pt, what pictures need.
 
-    Of held-out images: kl_per_token (nats), active_units (share of means with a variance over 0.01). probe: as fid.py probe, but
-    of sampled latents, for in means it reads what their noise hides from decoder and SiT; views.pt has the means of its images.
+    kl_per_token    nats, of held-out images; not for a deterministic bottleneck
+    active_units    the share of latents whose mean varies over held-out images by more than 0.01
+    probe           as `evaluate.py probe`, but of sampled latents: in the means a probe also reads
+                    what the posterior's noise hides from the decoder and from the generator
     """
     run = load_run(folder, device)
-    tokenizer, (images, labels, held) = run.tokenizer, read_images(run.config)
-    parts = [tokenizer.encode(to_float(part.to(device))) for part in images.split(64)]
-    posterior = type(parts[0])(*(torch.cat(values).cpu() for values in zip(*parts)))
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-    mean, z = posterior.mean.flatten(1), posterior.sample(noise).flatten(1)
-    (fitted, tested), shown = split(len(z), len(z)), images[held[spread(len(held), 8)]]
-    u, scales = torch.linalg.svd(mean[tested] - mean[tested].mean(0), full_matrices=False)[:2]
-    classes = [name for label, name in enumerate(run.classes) if label in labels[tested]]
-    views = {"components": u[:, :2] * scales[:2], "labels": labels[tested], "classes": classes}
-    save_checkpoint(views | {"originals": shown, "reconstructions": reconstruct(tokenizer, shown)}, folder / "views.pt")
-    kl = {"kl_per_token": posterior.kl()[held].mean().item()} if posterior.std.any() else {}  # a point has none
-    active = (mean[held].var(0) > 0.01).double().mean().item()
-    return kl | {"active_units": active, "probe": linear_probe(z[fitted], labels[fitted], z[tested], labels[tested])}
+    images, labels, held_out = read_all_images(run.config)
+    posteriors = [run.tokenizer.encode(to_float(part.to(device))) for part in images.split(64)]
+    posterior = type(posteriors[0])(*(torch.cat(parts).cpu() for parts in zip(*posteriors)))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    mean = posterior.mean.flatten(1)
+    z = posterior.sample(noise).flatten(1)
+
+    fit, test = train_val_split(labels.tolist(), len(labels))
+    probe = linear_probe(z[fit], labels[fit], z[test], labels[test])
+    variance = mean[held_out].var(dim=0)
+    measures = {"active_units": (variance > 0.01).double().mean().item(), "probe": probe}
+    if hasattr(posterior, "kl"):
+        measures["kl_per_token"] = posterior.kl()[held_out].mean().item()
+
+    shown = images[held_out[evenly_spaced(len(held_out), 8)]]
+    centered = mean[test] - mean[test].mean(dim=0)
+    u, scales, _ = torch.linalg.svd(centered, full_matrices=False)
+    test_labels = labels[test]
+    plot_data = {
+        "components": u[:, :2] * scales[:2],  # the first two principal components
+        "labels": test_labels,
+        "classes": [name for i, name in enumerate(run.classes) if i in test_labels],
+        "originals": shown,
+        "reconstructions": reconstruct(run.tokenizer, shown).cpu(),
+    }
+    save_torch(plot_data, folder / "plots.pt")
+    return measures
 
 
 def read_cell(cell: Cell) -> dict | None:
-    """A run: its values and measures, "views", "curve" ({step: line of the log's first stage}); None if it is not finished."""
-    folder, log, curve = cell.folder, cell.folder / "log.jsonl", {}
+    """A finished run, or None.
+
+    The dict holds the config's values, the measures, the last PSNR, "plots" (see `measure`) and
+    "curve": {step: line of the log} of the first stage.
+    """
+    folder = cell.folder
     if not (folder / "cell.json").exists():
         return None
-    result, now = read_json(folder / "result.json"), vars(parse_config(cell.words)[0])
-    for name, then in result["config"].items():
-        if name != "out" and now.get(name) != then:
-            raise UserError(f"{folder} was made with {name} {then}, now it is {now.get(name)}; use another --out")
-    for number, text in enumerate(log.read_text().splitlines(), 1):
-        with as_user_error(f"{log} is damaged at line {number}; move {folder} away and run the same command again: "):
+    result = read_json(folder / "result.json")
+    config, _ = parse_config(cell.argv)
+    for name, before in result["config"].items():
+        now = getattr(config, name, None)
+        if name != "out_dir" and now != before:
+            raise UserError(
+                f"{folder} was made with {name} {before}, now it is {now}; use another --out"
+            )
+    run = {}
+    for value in result.values():
+        if isinstance(value, dict):  # the config, and each stage in order
+            run |= value
+    run |= {"name": cell.name, "curve": read_curve(folder / "log.jsonl")}
+    run |= read_json(folder / "cell.json") | {"plots": load_torch(folder / "plots.pt")}
+    if "generator" in result:
+        run["distance"] = next(
+            value for key, value in result["generator"].items() if key.startswith(("fid_", "hog_"))
+        )
+    sigma = (run["kl_weight"] * 3 * run["image_size"] ** 2 / 2) ** 0.5
+    return run | {"sigma": round(sigma, 2)}
+
+
+def read_curve(path: Path) -> dict[int, dict]:
+    """The log of the first stage by step. Of several lines on a step the last one counts."""
+    curves = {}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        with as_user_error(f"{path} is damaged at line {number}; move its folder away: "):
             line = json.loads(text)
-            curve.setdefault(line["stage"], {}).setdefault(line["step"], {}).update(line)  # of a step the last line counts
-    run = {key: value for part in result.values() if isinstance(part, dict) for key, value in part.items()}  # the last psnr counts
-    run |= {"name": cell.name, "curve": next(iter(curve.values())), "views": load_checkpoint(folder / "views.pt")}
-    if "sit" in result:
-        run["distance"] = next(value for key, value in result["sit"].items() if key.startswith(("fid_", "hog_")))
-    return run | read_json(folder / "cell.json") | {"sigma": round((run["kl_weight"] * 1.5) ** 0.5 * run["image_size"], 2)}
+            steps = curves.setdefault(line["stage"], {})
+            steps.setdefault(line["step"], {}).update(line)
+    return next(iter(curves.values()))
 
 
-def water_filling(eigenvalues: torch.Tensor, kl_weight: float, tokens: int, channels: int) -> dict[str, float]:
-    """The optimum of mean MSE + b KL over linear encoders and decoders of Gaussian images in [-1, 1], in closed form.
+# --------------------------------------------------------------------------------------------------
+# The optimum of a linear code, in closed form.
 
-    eigenvalues (d,) of the images' covariance, descending. sigma^2 = b d / 2 is the water level: of the best L C directions those
-    get a latent whose eigenvalue lies above. It costs ln(eigenvalue / sigma^2) / 2 nats; its mean leaves an error of sigma^4 /
-    eigenvalue. All others are lost whole. (Cover and Thomas 10.3.3; as a linear VAE: Lucas et al. 2019.) psnr is of that error.
+LINEAR = "linear optimum"
+
+
+def water_filling(
+    eigenvalues: Tensor, kl_weight: float, num_tokens: int, latent_dim: int
+) -> dict[str, float]:
+    """The optimum of mean MSE + b KL over linear encoders and decoders of Gaussian images.
+
+    eigenvalues (d,) of the covariance of images in [-1, 1], descending. sigma^2 = b d / 2 is the
+    water level: of the best L C directions, those whose eigenvalue lies above it get a latent. Such
+    a latent costs ln(eigenvalue / sigma^2) / 2 nats, and its mean leaves an error of sigma^4 /
+    eigenvalue. All other directions are lost. (Cover and Thomas 10.3.3; as a linear VAE: Lucas et
+    al. 2019.) The PSNR is that of the means.
     """
-    eigenvalues, d, level = eigenvalues.double(), len(eigenvalues), kl_weight * len(eigenvalues) / 2
-    kept = eigenvalues[: min(tokens * channels, int((eigenvalues > level).sum()))]
-    mse = ((level**2 / kept).sum() + eigenvalues[len(kept) :].sum()) / d
-    kl, psnr = 0.5 * (kept / level).log().sum(), 10 * torch.log10(4 / mse)
-    return {"kl_per_token": kl.item() / tokens, "active_units": len(kept) / (tokens * channels), "psnr": psnr.item()}
+    eigenvalues = eigenvalues.double()
+    d = len(eigenvalues)
+    water_level = kl_weight * d / 2
+    num_kept = min(num_tokens * latent_dim, int((eigenvalues > water_level).sum()))
+    kept, lost = eigenvalues[:num_kept], eigenvalues[num_kept:]
+    mse = ((water_level**2 / kept).sum() + lost.sum()) / d
+    kl = 0.5 * (kept / water_level).log().sum()
+    return {
+        "kl_per_token": kl.item() / num_tokens,
+        "active_units": num_kept / (num_tokens * latent_dim),
+        "psnr": (10 * torch.log10(4 / mse)).item(),
+    }
 
 
 def linear_optima(runs: list[dict]) -> list[dict]:
-    """`water_filling` at each KL weight of the runs, for the images that they trained on and their mirror images."""
-    (images, _, held), run = read_images(runs[0]), runs[0]
-    x = to_float(torch.from_numpy(np.delete(images.numpy(), held, axis=0)))
-    eigenvalues = torch.linalg.eigvalsh(torch.cat([x, x.flip(-1)]).flatten(1).T.cov().double()).flip(0).clamp(min=0)
-    optima = {s: water_filling(eigenvalues, b, run["tokens"], run["channels"]) for s, b in groups(runs, "sigma", "kl_weight")}
-    return [dict(best, name=LINEAR, seed=0, sigma=s, curve=dict.fromkeys(run["curve"], best)) for s, best in optima.items()]
+    """`water_filling` at each KL weight of the runs, for their training images, also mirrored."""
+    run = runs[0]
+    config = Config(**{name: run[name] for name in Config.__dataclass_fields__})
+    images, _, held_out = read_all_images(config)
+    x = to_float(torch.from_numpy(np.delete(images.numpy(), held_out, axis=0)))
+    x = torch.cat([x, x.flip(-1)]).flatten(1)
+    eigenvalues = torch.linalg.eigvalsh(x.T.cov().double()).flip(0).clamp(min=0)
+    optima = []
+    for sigma, kl_weight in group_by(runs, "sigma", "kl_weight"):
+        tokens = config.num_latent_tokens or config.grid_size**2
+        best = water_filling(eigenvalues, kl_weight, tokens, config.latent_dim)
+        curve = dict.fromkeys(run["curve"], best)
+        optima.append(best | {"name": LINEAR, "seed": 0, "sigma": sigma, "curve": curve})
+    return optima
 
 
-def groups(runs: list[dict], *names: str) -> dict[tuple, list[dict]]:
-    """Runs by what they have under these names, in order."""
-    keys = dict.fromkeys(tuple(run[name] for name in names) for run in runs)
-    return {key: [run for run in runs if tuple(run[name] for name in names) == key] for key in keys}
+# --------------------------------------------------------------------------------------------------
+# Table and pictures.
+
+MEASURES = {
+    "kl_per_token": "KL per token (nats)",
+    "active_units": "active units (share)",
+    "psnr": "PSNR, held out (dB)",
+    "probe": "linear probe (share right)",
+    "distance": "Frechet distance of samples",
+}
+COLORS = dict(
+    zip(
+        [*AGAINST_COLLAPSE, LINEAR],
+        "black tab:brown #6baed6 #2171b5 #08306b #fdae6b #e6550d #2ca02c gray".split(),
+    )
+)
+
+
+def group_by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """Runs by their values of these keys, in order."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return groups
+
+
+def has_survived(run: dict) -> bool:
+    return not train.has_collapsed(run)
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: mean +- standard deviation (n - 1) over seeds of each measure that any has; how many seeds survive, up to where."""
-    keys, cells = [key for key in MEASURES if any(key in run for run in runs)], groups(runs, "name", "sigma")
-    alive = {cell: [run.get("kl_per_token", 1) > COLLAPSED for run in same] for cell, same in cells.items()}
-    lines = [["", "sigma", *(MEASURES[key] for key in keys), "survive"], ["---"] * (len(keys) + 3)]
-    for (name, sigma), same in cells.items():
-        values = [[run[key] for run in same if key in run] for key in keys]
-        values = [f"{np.mean(x):#.3g}" + (f" ± {np.std(x, ddof=1):#.2g}" if len(x) > 1 else "") if x else "-" for x in values]
-        lines.append([name, f"{sigma:g}", *values, f"{sum(alive[name, sigma])} of {len(same)}"])
-    most = {name: max((s for cell, s in cells if cell == name and all(alive[name, s])), default="none") for name, _ in cells}
-    text = f"\nLargest sigma that all seeds survive: {', '.join(f'{name} {sigma}' for name, sigma in most.items())}.\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (text if LINEAR in most else "")
+    """Markdown: mean +- standard deviation over seeds of each measure; how many seeds survive."""
+    keys = [key for key in MEASURES if any(key in run for run in runs)]
+    cells = group_by(runs, "name", "sigma")
+    lines = [["", "sigma", *(MEASURES[key] for key in keys), "survive"]]
+    lines.append(["---"] * len(lines[0]))
+    for (name, sigma), group in cells.items():
+        values = [format_spread([run[key] for run in group if key in run]) for key in keys]
+        survived = f"{sum(map(has_survived, group))} of {len(group)}"
+        lines.append([name, f"{sigma:g}", *values, survived])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if LINEAR not in (name for name, _ in cells):
+        return text
+    largest = {}
+    for (name, sigma), group in cells.items():
+        largest.setdefault(name, "none")
+        if all(map(has_survived, group)):
+            largest[name] = sigma if largest[name] == "none" else max(sigma, largest[name])
+    ends = ", ".join(f"{name} {sigma}" for name, sigma in largest.items())
+    return f"{text}\nLargest sigma that all seeds survive: {ends}.\n"
 
 
-def draw(runs: list[dict], sweep: bool):
-    """Yields ending of the file's name and figure of each picture. Without matplotlib's pyplot, and so without a display."""
-    from matplotlib.figure import Figure
+def format_spread(values: list[float]) -> str:
+    """Mean +- standard deviation with the divisor n - 1."""
+    if not values:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):#.2g}" if len(values) > 1 else ""
+    return f"{np.mean(values):#.3g}{spread}"
 
-    def canvas(title: str, height: float, down: int = 1, across: int = 1, **shared) -> tuple:
+
+class Pictures:
+    """Draws the pictures of an experiment with matplotlib, without its pyplot and without a
+    display.
+
+    runs        finished runs, with the linear optima if there are any
+    is_sweep    whether the runs differ in sigma; then pictures have a row or column for some sigmas
+    """
+
+    def __init__(self, runs: list[dict], is_sweep: bool):
+        self.is_sweep = is_sweep
+        self.runs = [run | {"row": f"sigma {run['sigma']:g}" if is_sweep else ""} for run in runs]
+        self.rows = [row for (row,) in group_by(self.runs, "row")]
+        self.some_rows = self.rows[:: max(1, (len(self.rows) - 1) // 2)]  # first, middle, last
+        names = [name for (name,) in group_by(self.runs, "name")]
+        self.colors = {name: COLORS.get(name, f"C{i}") for i, name in enumerate(names)}
+        self.main_measure = "kl_per_token" if is_sweep else "distance"
+        trained = [run for run in self.runs if run["name"] != LINEAR]
+        groups = group_by(trained, "name", "row")
+        self.trained = trained
+        self.examples = [group[0] for (_, row), group in groups.items() if row in self.some_rows]
+
+    def draw_all(self) -> Iterator[tuple[str, object]]:
+        """Yield the end of each picture's file name, and its figure."""
+        yield "", self.draw_ends()
+        yield "_steps", self.draw_steps()
+        yield "_images", self.draw_images()
+        yield "_latents", self.draw_latents()
+        yield "_probe", self.draw_probe()
+
+    def make_figure(self, title: str, height: float, rows: int = 1, columns: int = 1, **kwargs):
+        from matplotlib.figure import Figure
+
         figure = Figure((9, height), dpi=100, layout="constrained")  # 900 px wide
         figure.suptitle(title)
-        return figure, figure.subplots(down, across, squeeze=False, **shared)
+        return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
-    def panels(title: str, rows: list[str], keys: tuple[str, ...], lines: list[tuple], xlabel: str) -> Figure:
-        """Titles of the rows, measures of the columns. lines: title of its row, its run, {x: measures}."""
-        figure, axes = canvas(title, 2 + 2.2 * len(rows), len(rows), len(keys), sharex=True, sharey="col")
-        for (row, run, points), (column, key) in product(lines, enumerate(keys)):
-            at, name = [x for x in points if key in points[x]], run["name"]
-            style = dict(color=colours[name], linewidth=1, markersize=8, label="" if run["seed"] else name)
-            axes[rows.index(row), column].plot(at, [points[x][key] for x in at], "--" if name == LINEAR else ".-", **style)
+    def draw_panels(self, title: str, rows: list[str], keys: tuple[str, ...], lines, xlabel: str):
+        """A panel per row and measure. lines: (row, run, {x: measures}) for each line."""
+        height = 2 + 2.2 * len(rows)
+        shared = dict(sharex=True, sharey="col")
+        figure, axes = self.make_figure(title, height, len(rows), len(keys), **shared)
+        for row, run, points in lines:
+            name = run["name"]
+            style = dict(color=self.colors[name], linewidth=1, markersize=8)
+            style["label"] = "" if run["seed"] else name
+            for column, key in enumerate(keys):
+                x = [at for at in points if key in points[at]]
+                y = [points[at][key] for at in x]
+                axis = axes[rows.index(row), column]
+                axis.plot(x, y, "--" if name == LINEAR else ".-", **style)
         for axis, (row, key) in zip(axes.flat, product(rows, keys)):
-            axis.set(title=row, xlabel=xlabel, ylabel=MEASURES[key], yscale="log" if key == "kl_per_token" else "linear")
+            scale = "log" if key == "kl_per_token" else "linear"
+            axis.set(title=row, xlabel=xlabel, ylabel=MEASURES[key], yscale=scale)
             axis.tick_params(axis="x", rotation=0 if xlabel else 40)
             if key == "kl_per_token":
-                axis.axhspan(0, COLLAPSED, color="red", alpha=0.1, label="collapsed")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+                axis.axhspan(0, train.COLLAPSE_THRESHOLD, color="red", alpha=0.1, label="collapsed")
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=5)
         return figure
 
-    runs = [run | {"row": f"sigma {run['sigma']:g}" if sweep else ""} for run in runs]
-    colours = {name: COLOURS.get(name, f"C{i}") for i, (name,) in enumerate(groups(runs, "name"))}
-    rows, keys = [row for (row,) in groups(runs, "row")], ("kl_per_token" if sweep else "distance", "psnr", "probe")
-    some, x = rows[:: max(1, (len(rows) - 1) // 2)], "sigma" if sweep else "name"  # first, middle and last
-    ends = [("", same[0], {str(run[x]): run for run in same}) for same in groups(runs, "name", "seed").values()]
-    yield "", panels("At the end of training", [""], keys, ends, "KL weight (sigma)" if sweep else "")
-    steps = [(run["row"], run, run["curve"]) for run in runs if run["row"] in some]
-    title, shown = "During training (KL, units: of images as masked)", ("kl_per_token", "active_units", "psnr")
-    yield "_steps", panels(title, some, shown, steps, "training step")
+    def draw_ends(self):
+        """Measures at the end of training, over sigma or over settings."""
+        x = "sigma" if self.is_sweep else "name"
+        lines = []
+        for group in group_by(self.runs, "name", "seed").values():
+            lines.append(("", group[0], {str(run[x]): run for run in group}))
+        xlabel = "KL weight (sigma)" if self.is_sweep else ""
+        keys = (self.main_measure, "psnr", "probe")
+        return self.draw_panels("At the end of training", [""], keys, lines, xlabel)
 
-    runs, names = [run for run in runs if run["name"] != LINEAR], [name for name in colours if name != LINEAR]
-    first = [same[0] for (_, row), same in groups(runs, "name", "row").items() if row in some]
-    count = 8 // len(some) + 3
-    height = 1.1 + 7.6 / len(some) / count * (1 + len(names))
-    figure, axes = canvas("Held-out images and their reconstructions", height, 1, len(some), sharey=True)
-    for axis, row in zip(axes[0], some):
-        found, originals = {run["name"]: run["views"] for run in first if run["row"] == row}, first[0]["views"]["originals"]
-        rest = [found[name]["reconstructions"] if name in found else originals * 0 + 255 for name in names]
-        images = torch.stack([originals, *rest])[:, :count]
-        axis.imshow(images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy(), extent=(0, images.shape[1], len(images), 0))
-        axis.set(title=row, xticks=[], yticks=np.arange(len(images)) + 0.5, yticklabels=["held out", *names])
-    yield "_images", figure
+    def draw_steps(self):
+        """KL, active units and PSNR during training."""
+        lines = [
+            (run["row"], run, run["curve"]) for run in self.runs if run["row"] in self.some_rows
+        ]
+        title = "During training (KL, units: of images as masked)"
+        keys = ("kl_per_token", "active_units", "psnr")
+        return self.draw_panels(title, self.some_rows, keys, lines, "training step")
 
-    clouds = [run for run in first if not sweep or run["name"] in ("nothing", "mixed mask", "all")] or first
-    title, down = "Images in latent space (means; a sample adds noise of a std up to 1)", -(-len(clouds) // 3)
-    figure, axes = canvas(title, 1 + 2.4 * down, down, 3, sharex=True, sharey=True)
-    for axis, run in zip(axes.flat, clouds):
-        dots = axis.scatter(*run["views"]["components"].numpy().T, c=run["views"]["labels"].numpy(), cmap="tab10", s=5)
-        axis.set(title=f"{run['name']} {run['row']}", xlabel="first principal component", ylabel="second")
-    for axis in axes.flat[len(clouds) :]:
-        axis.set_axis_off()
-    figure.legend(dots.legend_elements()[0], run["views"]["classes"], loc="outside right center")
-    yield "_latents", figure
+    def draw_images(self):
+        """Held-out images above their reconstructions by each setting."""
+        names = [name for name in self.colors if name != LINEAR]
+        num_columns = 8 // len(self.some_rows) + 3
+        height = 1.1 + 7.6 / len(self.some_rows) / num_columns * (1 + len(names))
+        title = "Held-out images and their reconstructions"
+        figure, axes = self.make_figure(title, height, 1, len(self.some_rows), sharey=True)
+        for axis, row in zip(axes[0], self.some_rows):
+            plots = {run["name"]: run["plots"] for run in self.examples if run["row"] == row}
+            originals = self.examples[0]["plots"]["originals"]
+            white = torch.full_like(originals, 255)
+            recons = [plots[name]["reconstructions"] if name in plots else white for name in names]
+            images = torch.stack([originals, *recons])[:, :num_columns]
+            pixels = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
+            axis.imshow(pixels, extent=(0, images.shape[1], len(images), 0))
+            ticks = np.arange(len(images)) + 0.5
+            axis.set(title=row, xticks=[], yticks=ticks, yticklabels=["held out", *names])
+        return figure
 
-    figure, axes = canvas("Each dot is a run", 4.5)
-    for (name,), same in groups(runs, "name").items():
-        x, y, sizes = zip(*((run[keys[sweep]], run["probe"], 20 + 30 * rows.index(run["row"])) for run in same))
-        axes[0, 0].scatter(x, y, sizes, colours[name], label=name, alpha=0.7)
-    axes[0, 0].set(xlabel=MEASURES[keys[sweep]], ylabel=MEASURES["probe"])
-    figure.legend(loc="outside right center", title="larger: larger sigma" if sweep else "")
-    yield "_probe", figure
+    def draw_latents(self):
+        """The first two principal components of latents, colored by class."""
+        runs = self.examples
+        if self.is_sweep:
+            typical = ("nothing", "mixed mask", "all")
+            runs = [run for run in runs if run["name"] in typical] or runs
+        num_rows = -(-len(runs) // 3)
+        title = "Images in latent space (means; a sample adds noise of a std up to 1)"
+        shared = dict(sharex=True, sharey=True)
+        figure, axes = self.make_figure(title, 1 + 2.4 * num_rows, num_rows, 3, **shared)
+        for axis, run in zip(axes.flat, runs):
+            x, y = run["plots"]["components"].numpy().T
+            dots = axis.scatter(x, y, c=run["plots"]["labels"].numpy(), cmap="tab10", s=5)
+            title = f"{run['name']} {run['row']}"
+            axis.set(title=title, xlabel="first principal component", ylabel="second")
+        for axis in axes.flat[len(runs) :]:
+            axis.set_axis_off()
+        handles, _ = dots.legend_elements()
+        figure.legend(handles, run["plots"]["classes"], loc="outside right center")
+        return figure
+
+    def draw_probe(self):
+        """Probe accuracy against KL or against the distance of samples."""
+        key = self.main_measure
+        figure, axes = self.make_figure("Each dot is a run", 4.5)
+        for (name,), group in group_by(self.trained, "name").items():
+            x = [run[key] for run in group]
+            y = [run["probe"] for run in group]
+            sizes = [20 + 30 * self.rows.index(run["row"]) for run in group]
+            axes[0, 0].scatter(x, y, sizes, self.colors[name], label=name, alpha=0.7)
+        axes[0, 0].set(xlabel=MEASURES[key], ylabel=MEASURES["probe"])
+        figure.legend(
+            loc="outside right center", title="larger: larger sigma" if self.is_sweep else ""
+        )
+        return figure
 
 
-def main(arguments: list[str]) -> None:
+# --------------------------------------------------------------------------------------------------
+# Command line.
+
+
+def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
-    add("--seeds", type=within(int, 1), default=3, help="of every cell (default: 3)")
-    add("--steps", type=within(int, 1), help="of the tokenizer, and as many of SiT")
+    add("--seeds", type=bounded(int, 1), default=3, help="of every cell (default: 3)")
+    add("--steps", type=bounded(int, 1, 10**9), help="of the tokenizer, and of the generator")
     add("--out", help="folder (default: lab, with --quick lab_quick)")
-    add("--only", default="", help="cells with this in their names")
-    for flag, about in ("quick", "few cells and steps, one seed"), ("plan", "say what would run"), ("draw", "only draw again"):
-        add(f"--{flag}", action="store_true", help=about)
-    args, extra = parser.parse_known_args(arguments)
-    name, out = args.experiment, Path(args.out or ("lab_quick" if args.quick else "lab"))
-    cells = [cell for cell in plan(name, out, args.seeds, args.quick, args.steps, extra) if args.only in cell.name]
-    runs = [read_cell(cell) for cell in cells]
-    todo, took = [cell for cell, run in zip(cells, runs) if not run], [run["seconds"] / 60 for run in runs if run]
-    print(f"{len(todo)} of {len(cells)} to do: {len(todo) * np.mean(took or [1]):.0f} minutes, {'as before' if took else '1 each'}")
-    if args.plan:
-        return print("\n".join(f"{cell.folder}: {'to do' if cell in todo else 'done'}" for cell in cells))
-    for cell in (bar := progress([] if args.draw else todo, "runs", Processes.start("cpu"))):
-        bar.set_description(cell.folder.name)
-        run_cell(cell)
-    if not (runs := [run for run in map(read_cell, cells) if run]):
-        raise UserError(f"{out / name} has no finished run of these cells; run the same command without --draw")
-    runs += linear_optima(runs) if name == "collapse" else []
-    count, minutes = sum("views" in run for run in runs), sum(run.get("seconds", 0) for run in runs) / 60
-    text = f"# {name}: {count} of {len(cells)} runs, {minutes:.0f} minutes\n\n{table(runs)}"
+    add("--only", default="", help="only cells with this in their names")
+    add("--quick", action="store_true", help="few cells and steps, one seed")
+    add("--plan", action="store_true", help="only say what would run")
+    add("--draw", action="store_true", help="only draw table and pictures again")
+    return parser
+
+
+def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) -> None:
+    """EXPERIMENT.md, with its pictures if matplotlib is there."""
+    if experiment == "collapse":
+        runs = runs + linear_optima(runs)
+    minutes = sum(run.get("seconds", 0) for run in runs) / 60
+    num_runs = sum("plots" in run for run in runs)
+    text = f"# {experiment}: {num_runs} of {num_cells} runs, {minutes:.0f} minutes\n\n{table(runs)}"
     try:
-        for ending, figure in draw(runs, name == "collapse"):
-            with replacing(out / f"{name}{ending}.png") as temporary:
+        for ending, figure in Pictures(runs, is_sweep=experiment == "collapse").draw_all():
+            name = f"{experiment}{ending}"
+            with atomic_write(out / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png")
-            text += f"\n![{name}{ending}]({name}{ending}.png)\n"
+            text += f"\n![{name}]({name}.png)\n"
     except ImportError:
-        warn("there are no pictures without matplotlib; pip install matplotlib, then the same command with --draw")
-    write_text(text, out / f"{name}.md")
+        warn("there are no pictures without matplotlib; pip install it, then use --draw")
+    write_text(text, out / f"{experiment}.md")
     print(text)
 
 
+def main(arguments: list[str]) -> None:
+    args, extra = build_parser().parse_known_args(arguments)
+    out = Path(args.out or ("lab_quick" if args.quick else "lab"))
+    cells = plan(args.experiment, out, args.seeds, args.quick, args.steps, extra)
+    cells = [cell for cell in cells if args.only in cell.name]
+    runs = [read_cell(cell) for cell in cells]
+    todo = [cell for cell, run in zip(cells, runs) if run is None]
+    minutes = [run["seconds"] / 60 for run in runs if run]
+    estimate = len(todo) * np.mean(minutes or [1])
+    basis = "as before" if minutes else "1 each"
+    print(f"{len(todo)} of {len(cells)} to do: {estimate:.0f} minutes, {basis}")
+    if args.plan:
+        for cell in cells:
+            print(f"{cell.folder}: {'to do' if cell in todo else 'done'}")
+        return
+
+    bar = progress([] if args.draw else todo, "runs")
+    for cell in bar:
+        bar.set_description(cell.folder.name)
+        run_cell(cell)
+    runs = [run for run in map(read_cell, cells) if run]
+    if not runs:
+        raise UserError(
+            f"{out / args.experiment} has no finished run of these cells; run the same command "
+            "without --draw"
+        )
+    write_results(args.experiment, out, runs, len(cells))
+
+
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,73 +1,94 @@
-"""What to hide from the encoder or the decoder (paper section 3.2). Pure functions of scores and draws, copy any of them.
+"""Which patches to hide from the encoder (paper section 3.2).
 
-A mask is bool (B, N), True = hidden. Each image has its own ratio m, of which exactly round(m N) patches are hidden:
+A mask is a bool tensor (B, N) in which True means hidden. Every image has its own ratio m, and
+exactly round(m N) of its patches are hidden:
 
-    m = mask_ratio(u)                                    u (B,) uniform in [0, 1)
-    mask = random_mask(m, order)                         order (B, N) uniform: any patches
-    mask = semantic_mask(m, similarity(cls, patches))    the patches most like the whole image
-    mask = mixed_mask(m, order, scores, coin)            one or the other, per image; coin (B,) uniform
+    ratio = sample_mask_ratio(u)                             u (B,), uniform in [0, 1)
+    mask = random_mask(ratio, noise)                         any patches; noise (B, N), uniform
+    mask = semantic_mask(ratio, scores)                      the patches that tell most
+    mask = mixed_mask(ratio, noise, scores, mix)             one or the other; mix (B,), uniform
+    scores = cls_similarity(cls, patches)                    from a teacher's features (align.py)
 
-What the decoder gets instead of z: `hide_latents` (a failing ablation), `noise_latents` (l-DeTok).
-
-    python -c "import torch, masking as k; print(k.random_mask(k.mask_ratio(torch.rand(4)), torch.rand(4, 64)).sum(1))"
+All functions are pure: the random numbers are arguments. `python masking.py` draws some masks.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_ratio(u: Tensor, most: float = 0.7, least: float = -0.1) -> Tensor:
-    """u (B,) -> m = max(0, U(least, M)): at -0.1 one image in 1 + 10 M is not masked (section 3.2; l-DeTok eq. 5)."""
-    return (u * (most - least) + least).clamp(min=0)
+def sample_mask_ratio(u: Tensor, max_ratio: float = 0.7, min_ratio: float = -0.1) -> Tensor:
+    """u (B,), uniform in [0, 1) -> the ratio m = max(0, U(min_ratio, max_ratio)) of each image.
+
+    A negative lower end leaves some images whole: at -0.1 one image in 1 + 10 max_ratio (section
+    3.2; l-DeTok eq. 5).
+    """
+    return (u * (max_ratio - min_ratio) + min_ratio).clamp(min=0)
 
 
-def mask_highest(m: Tensor, scores: Tensor) -> Tensor:
-    """m (B,), scores (B, N) -> mask (B, N), True at the round(m N) highest scores of each row."""
-    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 = highest
-    return rank < (m * scores.shape[1]).round()[:, None]
+def topk_mask(ratio: Tensor, scores: Tensor) -> Tensor:
+    """ratio (B,), scores (B, N) -> mask (B, N), True at the round(m N) highest scores of a row."""
+    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 is the highest score
+    num_hidden = (ratio * scores.shape[1]).round()
+    return rank < num_hidden[:, None]
 
 
-def random_mask(m: Tensor, order: Tensor) -> Tensor:
-    """m (B,), order (B, N) uniform -> mask (B, N): round(m N) patches drawn without replacement."""
-    return mask_highest(m, order)
+def random_mask(ratio: Tensor, noise: Tensor) -> Tensor:
+    """ratio (B,), noise (B, N) uniform -> mask (B, N): round(m N) patches without replacement."""
+    return topk_mask(ratio, noise)
 
 
-def similarity(cls: Tensor, patches: Tensor) -> Tensor:
-    """Eq. 1: cls (B, D), patches (B, N, D) of the teacher -> cos(cls, patch_i), (B, N)."""
+def cls_similarity(cls: Tensor, patches: Tensor) -> Tensor:
+    """Eq. 1: cls (B, D), patches (B, N, D) of a teacher -> cos(cls, patch_i), (B, N)."""
     return F.cosine_similarity(cls[:, None].float(), patches.float(), dim=-1)
 
 
-def semantic_mask(m: Tensor, scores: Tensor) -> Tensor:
-    """Eq. 2: m (B,), scores (B, N) of eq. 1 -> mask (B, N): the top k = round(m N) are hidden."""
-    return mask_highest(m, scores)
+def semantic_mask(ratio: Tensor, scores: Tensor) -> Tensor:
+    """Eq. 2: hide the k = round(m N) patches most like the whole image; scores (B, N) of eq. 1."""
+    return topk_mask(ratio, scores)
 
 
-def mixed_mask(m: Tensor, order: Tensor, scores: Tensor, coin: Tensor) -> Tensor:
-    """Random or semantic with probability 1/2 each, per image (section 3.2) -> mask (B, N)."""
-    return torch.where(coin[:, None] < 0.5, random_mask(m, order), semantic_mask(m, scores))
+def mixed_mask(ratio: Tensor, noise: Tensor, scores: Tensor, mix: Tensor) -> Tensor:
+    """Random or semantic masks with probability 1/2 each, per image (section 3.2).
 
-
-def hide_latents(z: Tensor, m: Tensor, order: Tensor) -> Tensor:
-    """The paper's failing ablation (fig. 1): round(m L) latents of z (B, L, C) are hidden from the decoder.
-
-    They become 0, the mean of the prior (ours).
+    ratio (B,), noise (B, N) uniform, scores (B, N) of eq. 1, mix (B,) uniform -> mask (B, N).
     """
-    return z.masked_fill(random_mask(m, order[:, : z.shape[1]])[..., None], 0)
+    use_random = mix[:, None] < 0.5
+    return torch.where(use_random, random_mask(ratio, noise), semantic_mask(ratio, scores))
 
 
-def noise_latents(z: Tensor, tau: Tensor, noise: Tensor, gamma: float = 3.0) -> Tensor:
-    """z (B, L, C), tau (B,) uniform, noise ~ N(0, 1) -> (1 - tau) z + tau gamma noise (l-DeTok section 3.2, eq. 4)."""
-    tau = tau[:, None, None]
-    return (1 - tau) * z + tau * gamma * noise
+class Mask(NamedTuple):
+    """A row of MASKS."""
+
+    function: Callable[..., Tensor]  # (ratio, noise, scores, mix) -> mask (B, N)
+    needs_scores: bool  # whether a teacher has to look at the images; without, scores is None
 
 
-# By name, with one call: m (B,), order (B, N), scores (B, N) or None where there is no teacher, coin (B,) -> mask (B, N).
+# To try another mask, write a function and give it a row here. It becomes a value of --mask.
 MASKS = {
-    "mixed": mixed_mask,
-    "random": lambda m, order, scores, coin: random_mask(m, order),
-    "semantic": lambda m, order, scores, coin: semantic_mask(m, scores),
-    "latent": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),  # `hide_latents` acts instead
-    "dropped": lambda m, order, scores, coin: random_mask(m, order),  # m of one value: the encoder leaves out the hidden patches
-    "none": lambda m, order, scores, coin: torch.zeros_like(order, dtype=torch.bool),
+    "none": Mask(lambda ratio, noise, scores, mix: topk_mask(0 * ratio, noise), False),
+    "random": Mask(lambda ratio, noise, scores, mix: random_mask(ratio, noise), False),
+    "semantic": Mask(lambda ratio, noise, scores, mix: semantic_mask(ratio, scores), True),
+    "mixed": Mask(mixed_mask, True),
 }
+
+
+def mask_latents(z: Tensor, mask: Tensor) -> Tensor:
+    """z (B, L, C), mask (B, L) -> z with zeros, the mean of the prior, where the mask is True.
+
+    Hiding latents from the decoder in place of patches from the encoder is the paper's failing
+    ablation (fig. 1). That hidden latents become zero is ours.
+    """
+    return z.masked_fill(mask[..., None], 0)
+
+
+if __name__ == "__main__":
+    ratio = sample_mask_ratio(torch.rand(3))
+    for m, mask in zip(ratio, random_mask(ratio, torch.rand(3, 64))):
+        print(f"ratio {m:.2f}: {mask.sum()} of 64 patches are hidden")
+        print(
+            "\n".join("".join("#" if hidden else "." for hidden in row) for row in mask.view(8, 8))
+        )

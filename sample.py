@@ -1,204 +1,394 @@
-"""Images from a trained run: samples by class, reconstructions, and ADM-format .npz files for evaluators.
+"""Images from a trained run: samples by class, reconstructions, and .npz files for evaluators.
 
-    python sample.py out                                    # a grid, 8 per class of the first 10 classes
-    python sample.py out --classes 3,7 --guidance 4         # other classes, stronger guidance
-    python sample.py out --reconstruct photos/              # originals above their reconstructions
-    python sample.py out --export model.pt                  # the averaged models alone, to give away; takes the place of `out`
-    torchrun --nproc_per_node=8 sample.py out --npz 50000   # exactly 50,000 images, arr_0 uint8 (N, H, W, 3)
+    python sample.py out                                 # a grid, 8 of each of the first 10 classes
+    python sample.py out --classes 3,7 --guidance 4      # other classes, stronger guidance
+    python sample.py out --reconstruct photos/           # originals above their reconstructions
+    python sample.py out --export model.pt               # the averaged models alone, to give away
+    torchrun --nproc_per_node=8 sample.py out --npz 50000     # exactly 50,000 images, for FID
 
-The noise of image i depends only on --seed and i: batch size and process count do not change the images. Beside each file is
-FILE.json: the sampler's settings, and stage, step and hash of what made it. From Python:
+The noise of image i depends on --seed and i only, so batch size and number of processes do not
+change the images. FILE.json beside each file says which checkpoint and which sampler settings made
+it. An exported file can take the place of the run's folder. From Python:
 
     run = load_run("out", "cpu")
-    images = generate(run, torch.tensor([3, 7]), indices=[0, 1], seed=0)  # uint8 (2, 3, S, S)
-    copies = reconstruct(run.tokenizer, images)                            # run.tokenizer.encode(x).mean, run.tokenizer.decode(z)
+    images = generate(run, torch.tensor([3, 7]), indices=[0, 1], seed=0)   # uint8 (2, 3, S, S)
+    recons = reconstruct(run.tokenizer, images)
 """
 
 import json
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from align import build_tokenizer
-from plumbing.data import open_dataset, shared_array, spread, to_float, to_uint8, write_image
-from plumbing.run import CHECKPOINT, DEVICES, Parser, Processes, UserError, as_user_error, command_line, load_checkpoint
-from plumbing.run import progress, read_json, replacing, save_checkpoint, state_hash, warn, within, write_text
-from recipes import STAGES
-from sit import GENERATORS, SiT, check_sampler, sample, seeded_noise
+from build import build_generator, build_tokenizer
+from recipes import STAGES, Config
+from sit import check_sampler, per_sample_noise
 from tokenizer import Tokenizer
+from utils.checkpoint import read_checkpoint
+from utils.console import Parser, UserError, as_user_error, bounded, progress, run_main, warn
+from utils.data import evenly_spaced, open_dataset, read_batch
+from utils.distributed import DEVICES, Distributed
+from utils.files import atomic_write, hash_file, hash_state_dict, read_json, save_torch, write_text
+from utils.images import to_float, to_uint8, write_grid
 
 
 @dataclass
 class TrainedRun:
-    """A resolved config, class names (none: unconditional), averaged models; sit is None before its stage.
+    """The averaged models of a run, and what they were made with.
 
-    `about` names the checkpoint for cards: file, stage, step and of how many, hash of the weights.
+    classes           names; an empty list means that the run is unconditional
+    generator         None before its stage
+    checkpoint_info   file, stage, step, total steps, hashes of images and weights, for reports
+    guide_model       another run's generator, see `load_guide`
     """
 
-    config: dict
+    config: Config
     classes: list[str]
     tokenizer: Tokenizer
-    sit: SiT | None
-    about: dict = field(default_factory=dict)
-    guide: SiT | None = None  # see `load_guide`
+    generator: nn.Module | None
+    checkpoint_info: dict = field(default_factory=dict)
+    guide_model: nn.Module | None = None
 
-    def sampler(self, solver=None, steps=None, guidance=None, interval=(0.0, 0.7), shift=None) -> dict:
-        """Settings of sit.sample; those not given are the run's own. Raises UserError for impossible ones."""
-        network = GENERATORS[self.config["generator"]]
-        if guidance is not None and guidance > 1 and not (self.classes or self.guide):
-            raise UserError(f"--guidance {guidance} needs classes, and this run was trained without; or a --guide")
-        guidance = (self.config["guidance"] if self.classes or self.guide else 1.0) if guidance is None else guidance
-        solver, steps = solver or network.solver, self.config["sample_steps"] if steps is None else steps
-        shift = (1.0 if solver == "sde" else network.shift) if shift is None else shift
+    @property
+    def device(self) -> torch.device:
+        return self.tokenizer.latent_mean.device
+
+    def sampler_settings(
+        self,
+        solver: str | None = None,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 0.7),
+        timestep_shift: float | None = None,
+    ) -> dict:
+        """Settings of `sit.sample`; those that are None are the run's own (interval: config, REPA).
+
+        Raises UserError for impossible ones.
+        """
+        can_guide = bool(self.classes or self.guide_model)
+        if cfg_scale is not None and cfg_scale > 1 and not can_guide:
+            raise UserError(
+                f"--guidance {cfg_scale} needs classes, and this run was trained without; use "
+                "--guidance 1, or a --guide"
+            )
+        if cfg_scale is None:
+            cfg_scale = self.config.cfg_scale if can_guide else 1.0
+        if solver is None:
+            solver = self.generator.default_solver
+        if num_steps is None:
+            num_steps = self.config.sampling_steps
+        if timestep_shift is None:
+            timestep_shift = 1.0 if solver == "sde" else self.generator.default_shift
+        settings = {
+            "solver": solver,
+            "num_steps": num_steps,
+            "cfg_scale": cfg_scale,
+            "guidance_interval": tuple(guidance_interval),
+            "timestep_shift": timestep_shift,
+        }
         with as_user_error():
-            check_sampler(solver, steps, guidance, interval, shift)
-        return {"solver": solver, "steps": steps, "guidance": guidance, "interval": tuple(interval), "shift": shift}
+            check_sampler(**settings)
+        return settings
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """An exported file, or the checkpoints in a run's folder, the latest stage first."""
+    if path.is_file():
+        return [path]
+    stages = dict.fromkeys(name for stages in STAGES.values() for name in reversed(stages))
+    names = [f"{stage}.pt" for stage in ("generator", *stages)]
+    paths = [path / name for name in names if (path / name).exists()]
+    if not paths:
+        raise UserError(
+            f"{path} is not a run: it has none of {', '.join(names)}; make one with "
+            f"train.py --out {path}"
+        )
+    return paths
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun:
-    """The latest stage in a folder (sit.pt, else decoder.pt, else what was before), or an exported file. Raises UserError."""
-    stages = dict.fromkeys(name for stages in STAGES.values() for name in reversed(stages))  # a folder is of one recipe
-    names = [f"{stage}.pt" for stage in ("sit", *stages)]
-    paths = [Path(path)] if Path(path).is_file() else [Path(path) / name for name in names if (Path(path) / name).exists()]
-    if not paths:
-        raise UserError(f"{path} is not a run: it has none of {', '.join(names)}; make one with train.py --out {path}")
-    saved, sit = load_checkpoint(paths[0], CHECKPOINT), None
-    config, weights = saved["config"], saved.get("tokenizer", saved["ema"])
-    if "tokenizer" not in saved and (seal := Path(path) / "latents.json").exists():
-        weights |= {name: torch.tensor(read_json(seal)[name]) for name in ("latent_mean", "latent_std")}
-    if "tokenizer" in saved and len(paths) > 1:  # the stage decoder may have been run again since
-        newer = load_checkpoint(paths[1], CHECKPOINT)["ema"]
-        if any(not torch.equal(newer[key], value) for key, value in weights.items() if key.startswith("encoder.")):
-            raise UserError(f"{paths[1]} does not belong to {paths[0]}: their encoders differ; move one of them away")
-        weights |= {key: value for key, value in newer.items() if key.startswith("decoder.")}
-    with as_user_error(f"{paths[0]}: "):
+    """The latest stage in a run's folder, or an exported file. Raises UserError if there is none.
+
+    generator.pt contains the tokenizer whose latents the generator knows. If the stage decoder has
+    been trained on since, its decoder is taken.
+    """
+    first, *others = find_checkpoints(Path(path))
+    saved = read_checkpoint(first)
+    has_generator = "tokenizer" in saved
+    weights = saved["tokenizer"] if has_generator else saved["ema"]
+    latents_file = Path(path) / "latents.json"
+    if not has_generator and latents_file.exists():
+        metadata = read_json(latents_file)
+        for name in ("latent_mean", "latent_std"):
+            weights[name] = torch.tensor(metadata[name])
+    if has_generator and others:
+        newer = read_checkpoint(others[0])["ema"]
+        for key, value in newer.items():
+            if key.startswith(("encoder.", "bottleneck.")) and not torch.equal(value, weights[key]):
+                raise UserError(
+                    f"{others[0]} does not belong to {first}: their encoders differ; move one of "
+                    "them away"
+                )
+            if key.startswith("decoder."):
+                weights[key] = value
+
+    with as_user_error(f"{first}: "):
+        config = Config(**saved["config"])
         tokenizer = build_tokenizer(config)
         tokenizer.load_state_dict(weights)
-        if "tokenizer" in saved:
-            network, grid = GENERATORS[config["generator"]], tokenizer.has_grid
-            sit = network(tokenizer.tokens, tokenizer.channels, len(saved["classes"]), config["sit"], grid).to(device).eval()
-            sit.load_state_dict(saved["ema"])
-            weights |= {f"sit.{key}": value for key, value in saved["ema"].items()}
-    if saved["step"] < saved["of_steps"]:
-        warn(f"{paths[0]} is unfinished, at step {saved['step']} of {saved['of_steps']}")
-    about = {"file": paths[0].name} | {key: saved[key] for key in ("stage", "step", "of_steps")} | {"weights": state_hash(weights)}
-    return TrainedRun(config, saved["classes"], tokenizer.to(device).eval(), sit, about)
+        generator = None
+        if has_generator:
+            generator = build_generator(config, tokenizer, len(saved["classes"]))
+            generator.load_state_dict(saved["ema"])
+            generator = generator.to(device).eval()
+            weights = weights | {f"generator.{key}": w for key, w in saved["ema"].items()}
+    if saved["step"] < saved["total_steps"]:
+        warn(f"{first} is unfinished, at step {saved['step']} of {saved['total_steps']}")
+    info = {"file": first.name} | {key: saved[key] for key in ("stage", "step", "total_steps")}
+    info |= {"images": saved["identity"].get("images"), "weights": hash_state_dict(weights)}
+    tokenizer = tokenizer.to(device).eval()
+    return TrainedRun(config, saved["classes"], tokenizer, generator, info)
 
 
-def load_guide(path: str, run: TrainedRun) -> SiT:
-    """The SiT of another run, for autoguidance (MAETok 4.5). Raises UserError unless it knows the same latents and classes."""
-    other = load_run(path, run.tokenizer.latent_mean.device)
-    hashes = {state_hash(each.tokenizer.encoder.state_dict(), str(len(each.classes))) for each in (run, other)}
-    if other.sit is None or len(hashes) > 1 or (run.tokenizer.normalize(other.tokenizer.denormalize(1.0)) - 1).abs().max() > 0.01:
-        raise UserError(f"--guide {path} needs a sit.pt for {len(run.classes)} classes on the latents of this run's encoder")
-    return other.sit
+def load_guide(path: str, run: TrainedRun) -> nn.Module:
+    """The generator of another run, for autoguidance (MAETok 4.5).
+
+    Raises UserError unless it was trained on the same latents and classes.
+    """
+    other = load_run(path, run.device)
+    other_latents = other.tokenizer.denormalize(torch.ones(1, device=run.device))
+    same = (
+        other.generator is not None
+        and len(other.classes) == len(run.classes)
+        and hash_encoder(other.tokenizer) == hash_encoder(run.tokenizer)
+        and (run.tokenizer.normalize(other_latents) - 1).abs().max() <= 0.01
+    )
+    if not same:
+        raise UserError(
+            f"--guide {path} needs a generator.pt for {len(run.classes)} classes, trained on the "
+            "latents of this run's encoder"
+        )
+    return other.generator
 
 
-def beside(run: str, name: str) -> Path:
-    """Where a result is written if nothing else is said: in the run's folder, or beside an exported file."""
-    return Path(run) / name if Path(run).is_dir() else Path(f"{run}.{name}")
+def hash_encoder(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the weights that determine the latents."""
+    state = tokenizer.state_dict()
+    parts = ("encoder.", "bottleneck.")
+    return hash_state_dict({key: w for key, w in state.items() if key.startswith(parts)})
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples and reconstructions.
 
 
 @torch.no_grad()
-def generate(run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **sampler) -> Tensor:
-    """Samples number `indices` of a seed with `labels` (b,) -> uint8 (b, 3, S, S) on the CPU. `sampler`: see TrainedRun.sampler."""
-    device = run.tokenizer.latent_mean.device
-    noise = seeded_noise(seed, indices, (run.tokenizer.tokens, run.tokenizer.channels), device)
-    x = sample(run.sit, noise, labels.to(device), len(run.classes), guide=run.guide, **run.sampler(**sampler))
-    return to_uint8(run.tokenizer.decode(run.tokenizer.denormalize(x.float()))).cpu()
+def generate(
+    run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **settings
+) -> Tensor:
+    """Samples number `indices` of a seed, with labels (b,) -> uint8 (b, 3, S, S)
+
+    For the settings see TrainedRun.sampler_settings.
+    """
+    settings = run.sampler_settings(**settings)
+    shape = (run.tokenizer.num_latent_tokens, run.tokenizer.latent_dim)
+    noise = per_sample_noise(seed, indices, shape, run.device)
+    if run.guide_model is not None:
+        settings = settings | {"guide_model": run.guide_model}
+    x = run.generator.sample(noise, labels.to(run.device), **settings)
+    z = run.tokenizer.denormalize(x.float())
+    return to_uint8(run.tokenizer.decode(z))
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """images uint8 (b, 3, S, S) -> their reconstructions from the posterior mean, uint8, on the CPU."""
-    device = tokenizer.latent_mean.device
-    return to_uint8(tokenizer.decode(tokenizer.encode(to_float(images.to(device))).mean)).cpu()
+    """images uint8 (b, 3, S, S) -> reconstructions from the posterior mean, uint8."""
+    x = to_float(images.to(tokenizer.latent_mean.device))
+    return to_uint8(tokenizer.decode(tokenizer.encode(x).mean))
 
 
-def write_grid(run: TrainedRun, classes: list[int], columns: int, path: Path, seed: int = 0, **sampler) -> None:
+def write_sample_grid(
+    run: TrainedRun, classes: list[int], columns: int, path: Path, seed: int, settings: dict
+) -> None:
     """One row of samples per class."""
     labels = torch.tensor(classes).repeat_interleave(columns)
-    write_image(generate(run, labels, list(range(len(labels))), seed, **sampler).unflatten(0, (-1, columns)), path)
+    images = generate(run, labels, list(range(len(labels))), seed, **settings)
+    write_grid(images.unflatten(0, (-1, columns)), path)
 
 
-def write_npz(run: TrainedRun, classes: list[int], count: int, batch: int, path: Path, processes: Processes, **settings) -> None:
-    """Exactly `count` samples by all processes, classes in turn -> path with arr_0 uint8 (N, S, S, 3), arr_1 int64 labels (N,)."""
-    side, images = run.config["image_size"], path.with_name(f"{path.name}.{processes.launch}.npy")
+def write_npz(
+    run: TrainedRun,
+    classes: list[int],
+    count: int,
+    batch_size: int,
+    path: Path,
+    dist: Distributed,
+    seed: int,
+    settings: dict,
+) -> None:
+    """Exactly `count` samples, classes in turn -> arr_0 uint8 (N, S, S, 3), arr_1 int64 (N,).
+
+    Processes take turns with batches, and rank 0 writes them into the archive as they come.
+    """
     labels = np.resize(classes, count)
-    with shared_array(images, (count, side, side, 3), np.uint8, processes) as rows:
-        for part in progress(processes.share(range(count), batch), "samples", processes):
-            rows[part] = generate(run, torch.from_numpy(labels[part]), list(part), **settings).permute(0, 2, 3, 1).numpy()
-    if processes.first:
-        try:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, np.load(images, mmap_mode="r"), labels)
-        finally:
-            images.unlink()
+    image_size = run.config.image_size
+    starts = range(0, count, batch_size)
+    rounds = range(0, len(starts), dist.world_size)
+
+    def make_batch(number: int) -> np.ndarray | None:
+        if number >= len(starts):
+            return None
+        rows = range(starts[number], min(starts[number] + batch_size, count))
+        images = generate(run, torch.from_numpy(labels[rows]), list(rows), seed, **settings)
+        return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def make_round(first: int) -> list | None:
+        return dist.gather(make_batch(first + dist.rank))
+
+    if not dist.is_main:
+        for first in rounds:
+            make_round(first)
+        return
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False}
+            shape = (count, image_size, image_size, 3)
+            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+            for first in progress(rounds, "samples"):
+                for batch in make_round(first):
+                    if batch is not None:
+                        file.write(batch.tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line.
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """Labels of "3,7" or of class names; of "" all (label 0, the null label, for a run without classes)."""
-    if not names and text:
-        raise UserError(f"--classes {text}: this run was trained without classes")
-    labels = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
-    try:
-        return [labels[word] for word in text.split(",") if word] or list(range(max(1, len(names))))
-    except KeyError as word:
-        raise UserError(f"--classes: {word} is neither a class name nor a label in 0..{len(names) - 1}") from None
+    """Labels of classes, given by names with commas, or by labels if no name is a number.
+
+    So a number never means two classes. An empty text means all classes; for a run without classes
+    that is label 0, the null label. Raises UserError for unknown classes.
+    """
+    if not names:
+        if text:
+            raise UserError(f"--classes {text}: this run was trained without classes")
+        return [0]
+    labels = {name: label for label, name in enumerate(names)}
+    problem = "is not a class name; labels are not taken, because some names are numbers"
+    if not any(name.isdigit() for name in names):
+        labels |= {str(label): label for label in range(len(names))}
+        problem = f"is neither a class name nor a label in 0..{len(names) - 1}"
+    words = [word for word in text.split(",") if word]
+    for word in words:
+        if word not in labels:
+            raise UserError(f"--classes: {word} {problem}")
+    return [labels[word] for word in words] or list(range(len(names)))
 
 
-def main(arguments: list[str]) -> None:
+def default_output(run: str, name: str) -> Path:
+    """Where a result goes by default: into the run's folder, or beside an exported file."""
+    return Path(run) / name if Path(run).is_dir() else Path(f"{run}.{name}")
+
+
+def export(run: TrainedRun, path: str) -> None:
+    """Write the averaged models alone, as a checkpoint that `load_run` reads."""
+    info = {key: run.checkpoint_info[key] for key in ("stage", "step", "total_steps")}
+    identity = {"images": run.checkpoint_info["images"]}
+    content = info | {"config": asdict(run.config), "classes": run.classes, "identity": identity}
+    if run.generator is None:
+        content |= {"ema": run.tokenizer.state_dict()}
+    else:
+        content |= {"ema": run.generator.state_dict(), "tokenizer": run.tokenizer.state_dict()}
+    save_torch(content, path)
+
+
+def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", help="the folder that train.py --out made, or an exported file")
-    add("--out", default="", help="file to write (default: samples.png, samples.npz or reconstructions.png beside the run)")
-    add("--classes", default="", help="labels or names, separated by commas (default: all; the first 10 in a grid)")
-    add("--columns", type=within(int, 1), default=8, help="images per row of a grid")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--npz", type=within(int, 0), default=0, metavar="N", help="write N samples, classes in turn; no grid")
-    what.add_argument("--reconstruct", default="", metavar="FOLDER", help='show reconstructions of its images, or of "shapes"')
-    what.add_argument("--export", default="", metavar="FILE", help="write the averaged models alone")
-    add("--batch_size", type=within(int, 1), default=64, help="samples per forward with --npz")
-    add("--solver", help="sde, heun or euler (default: the generator's; config: SiT sde, LightningDiT euler)")
+    add(
+        "--out",
+        default="",
+        help="file to write (default: samples.png, samples.npz, ... in the run)",
+    )
+    add("--classes", default="", help="names or labels, with commas (default: all, 10 in a grid)")
+    add("--columns", type=bounded(int, 1, 1000), default=8, help="images per row of a grid")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--npz", type=bounded(int, 1), metavar="N", help="write N samples to an .npz")
+    mode.add_argument("--reconstruct", metavar="FOLDER", help='images of a folder, or of "shapes"')
+    mode.add_argument("--export", metavar="FILE", help="write the averaged models alone")
+    add("--batch_size", type=bounded(int, 1), default=64, help="samples per forward with --npz")
+    add("--solver", help="sde, heun or euler (default: the generator's own)")
     add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
-    add("--guidance", type=float, help="scale (default: the run's; 1 = none; paper: 2.3 / 2.4 for 128 / 64 tokens)")
-    add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide only for t in it (config: REPA's 0 0.7)")
-    add("--shift", type=float, help="of the time steps of heun and euler (default: the generator's own)")
-    add("--guide", default="", metavar="RUN", help="a weaker run on the same latents, for autoguidance (MAETok 4.5)")
-    add("--seed", type=within(int, 0), default=0, help="of the noise")
-    add("--device", choices=DEVICES, help="default: cuda where there is one, else cpu")
-    args = parser.parse_args(arguments)
-    processes = Processes.start(args.device)
-    run = load_run(args.run, processes.device)
-    name = "reconstructions.png" if args.reconstruct else "samples.npz" if args.npz else "samples.png"
-    path = Path(args.out or beside(args.run, name))
+    add("--guidance", type=float, help="scale, 1 is none (default: the run's; paper: 2.3)")
+    add(
+        "--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide for t in it"
+    )
+    add("--shift", type=float, help="shift of heun's and euler's time steps (default: its own)")
+    add("--guide", default="", metavar="RUN", help="a weaker run, for autoguidance (MAETok 4.5)")
+    add("--seed", type=bounded(int, 0), default=0, help="of the noise")
+    add("--device", choices=DEVICES, help="default: cuda if there is a GPU, else cpu")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    args = build_parser().parse_args(arguments)
+    dist = Distributed.start(args.device)
+    run = load_run(args.run, dist.device)
+
     if args.export:
-        networks = {"ema": run.sit, "tokenizer": run.tokenizer} if run.sit else {"ema": run.tokenizer}
-        about = {name: run.about[name] for name in ("stage", "step", "of_steps")} | {"config": run.config, "classes": run.classes}
-        return save_checkpoint(about | {key: network.state_dict() for key, network in networks.items()}, args.export)
+        export(run, args.export)
+        return
+
     if args.reconstruct:
-        data = open_dataset(args.reconstruct, run.config["image_size"])
-        images = torch.stack([data.read(int(i))[0] for i in spread(len(data), args.columns)])
-        return write_image(torch.stack([images, reconstruct(run.tokenizer, images)]), path)
-    if run.sit is None:
-        raise UserError(f"{args.run} has no sit.pt yet, so it can only --reconstruct; train its sit stage to sample")
-    classes = parse_classes(args.classes, run.classes)
-    classes = classes if args.npz or args.classes else classes[:10]
-    run.guide = load_guide(args.guide, run) if args.guide else None
-    settings = {"seed": args.seed, **run.sampler(args.solver, args.steps, args.guidance, args.interval, args.shift)}
-    if args.npz:
-        write_npz(run, classes, args.npz, args.batch_size, path, processes, **settings)
-    elif processes.first:
-        write_grid(run, classes, args.columns, path, **settings)
-    if processes.first:
-        count = args.npz or len(classes) * args.columns
-        record = {"run": args.run, "guide": args.guide, "checkpoint": run.about, "count": count, "classes": classes, **settings}
-        write_text(json.dumps(record, indent=1), f"{path}.json")
+        path = Path(args.out or default_output(args.run, "reconstructions.png"))
+        data = open_dataset(args.reconstruct, run.config.image_size)
+        images, _ = read_batch(data, evenly_spaced(len(data), args.columns))
+        write_grid(torch.stack([images, reconstruct(run.tokenizer, images).cpu()]), path)
         print(f"wrote {path}")
+        return
+
+    if run.generator is None:
+        raise UserError(
+            f"{args.run} has no generator.pt yet, so it can only --reconstruct; train its stage "
+            "generator to sample"
+        )
+    classes = parse_classes(args.classes, run.classes)
+    if args.guide:
+        run.guide_model = load_guide(args.guide, run)
+    settings = run.sampler_settings(
+        args.solver, args.steps, args.guidance, args.interval, args.shift
+    )
+    path = Path(args.out or default_output(args.run, "samples.npz" if args.npz else "samples.png"))
+    if args.npz:
+        count = args.npz
+        write_npz(run, classes, count, args.batch_size, path, dist, args.seed, settings)
+    else:
+        classes = classes if args.classes else classes[:10]
+        count = len(classes) * args.columns
+        if dist.is_main:
+            write_sample_grid(run, classes, args.columns, path, args.seed, settings)
+    if dist.is_main:
+        record = {
+            "run": args.run,
+            "guide": args.guide,
+            "checkpoint": run.checkpoint_info,
+            "count": count,
+            "classes": classes,
+            "seed": args.seed,
+            "hash": hash_file(path),
+        }
+        write_text(json.dumps(record | settings, indent=1), f"{path}.json")
+        names = [run.classes[label] for label in classes] if run.classes else ["none"]
+        print(f"wrote {path}: {count} samples of the classes {', '.join(names[:20])}")
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,15 +1,20 @@
-"""SiT and LightningDiT: flow-matching transformers on latent tokens, their loss and samplers (paper section 4.1 and B.2).
+"""Flow-matching transformers on latent tokens: SiT and LightningDiT (paper section 4.1 and B.2).
 
-Time has one direction here: t = 0 is data, t = 1 is noise.
+Time has one direction in this project: t = 0 is data, t = 1 is noise.
 
-    x_t = (1 - t) x + t noise
-    v   = d x_t / d t = noise - x    what the network predicts
+    x_t = (1 - t) x + t noise        the linear path
+    v   = d x_t / d t = noise - x    the velocity, which the network predicts
     sampling integrates v from t = 1 down to t = 0
 
-    python -c "import torch as t, sit; print(sit.SiT(16, 8, 10, 'toy')(t.zeros(2, 16, 8), t.rand(2), t.arange(2)).shape)"
+A generator is a module with two methods, so that another kind can take its place:
 
-Shapes: x (B, L, C) normalised latents, t (B,) in [0, 1], y (B,) int64 class labels in [0, num_classes].
-The label num_classes is the null label: "no class", used for classifier-free guidance and for data without classes.
+    generator.loss(x, y, rng)                     losses (B,) of normalized latents x (B, L, C)
+    generator.sample(noise, y, **settings)        latents (B, L, C) from noise
+
+Labels y (B,) are int64 in [0, num_classes]. The label num_classes is the null label, which stands
+for "no class": classifier-free guidance and data without classes use it.
+
+`python sit.py` samples from an untrained network.
 """
 
 import math
@@ -22,77 +27,70 @@ from torch import Tensor, nn
 
 from tokenizer import Attention, Mlp, init_linear, sincos_1d, sincos_2d
 
-# (width, depth, heads). Parameters: S 33M, B 130M, L 458M, XL 675M (paper: XL).
-SIZES = {"toy": (128, 6, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+# Width, depth and number of heads. S has 33M parameters, B 130M, L 458M and XL 675M (paper: XL).
+GENERATOR_SIZES = {
+    "toy": (128, 6, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 
 
-def timestep_sinusoid(t: Tensor, dim: int = 256) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim): cos(t w_i) then sin(t w_i), w_i = 10000^(-i / (dim / 2))."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
-    angles = t.float()[:, None] * frequencies
+# --------------------------------------------------------------------------------------------------
+# Embeddings.
+
+
+def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """t (B,) in [0, 1] -> (B, dim): cos(t w_i), then sin(t w_i), with w_i = 10000^(-2i / dim)."""
+    half = dim // 2
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def sincos(tokens: int, width: int, grid: bool) -> Tensor:
-    """(L, width): the sine and cosine of a token's place at width / 2 frequencies; in a square grid a half each for row, column."""
-    return sincos_2d(math.isqrt(tokens), width) if grid else sincos_1d(torch.arange(tokens), width)
+def get_pos_embed(num_tokens: int, width: int, is_2d: bool) -> Tensor:
+    """Sine-cosine positions (L, width) of a sequence or, if `is_2d`, of a square grid."""
+    if is_2d:
+        return sincos_2d(math.isqrt(num_tokens), width)
+    return sincos_1d(torch.arange(num_tokens), width)
+
+
+# --------------------------------------------------------------------------------------------------
+# SiT.
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, L, D) with shift, scale (B, D)."""
+    """x (B, L, D), shift and scale (B, D) -> (B, L, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class RotaryAttention(Attention):
-    """Attention in which it counts how far apart tokens are: q and k are turned by the angles of table (T, D / heads), `sincos`."""
-
-    def __init__(self, width: int, heads: int, table: Tensor):
-        super().__init__(width, heads)
-        self.register_buffer("table", table.unflatten(1, (-1, 2)).movedim(2, 0), persistent=False)  # (2, T, D / heads / 2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(self.turn(q), self.turn(k), v)
-
-    def turn(self, x: Tensor) -> Tensor:
-        """x (B, heads, T, D / heads): neighbouring channels are a point (a, b)."""
-        (sin, cos), (a, b) = self.table, x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    """(..., width) -> (..., width) with two thirds of an Mlp's hidden channels: three matrices then have as many parameters."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        hidden = 8 * width // 3
-        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
 class SiTBlock(nn.Module):
-    """Transformer block whose norms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
+    """A transformer block with norms shifted, scaled and gated by a condition (adaLN-Zero)."""
 
-    def __init__(self, width: int, norm: Callable[[int], nn.Module], attention: nn.Module, mlp: nn.Module):
+    def __init__(self, width: int, norm: Callable[[], nn.Module], attn: nn.Module, mlp: nn.Module):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = norm(width), attention, norm(width), mlp
+        self.norm1 = norm()
+        self.attn = attn
+        self.norm2 = norm()
+        self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        """x (B, L, D), condition c (B, D) -> (B, L, D)."""
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """(B, L, D) -> (B, L, C)."""
+    """x (B, L, D), condition c (B, D) -> velocities (B, L, C)."""
 
-    def __init__(self, width: int, channels: int, norm: Callable[[int], nn.Module]):
+    def __init__(self, width: int, latent_dim: int, norm: Callable[[], nn.Module]):
         super().__init__()
-        self.norm_final = norm(width)
-        self.linear = nn.Linear(width, channels)
+        self.norm_final = norm()
+        self.linear = nn.Linear(width, latent_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -101,109 +99,260 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """Velocity v(x, t, y). Parameter names are those of the released 1D SiT files (see `official_state`).
+    """The velocity v(x, t, y), and how to train it and sample from it.
 
-    tokens = L, channels = C, num_classes >= 0 (0: unconditional, every label is the null label 0); grid: the tokens are a square
-    grid, row by row. What another generator does in its own way stands as class attributes.
+    num_tokens    L
+    latent_dim    C
+    num_classes   0 means unconditional: then every label is the null label 0
+    size          a key of GENERATOR_SIZES
+    is_2d         True if the tokens are a square grid, row by row
+
+    The parameter names are those of released 1D SiT files (see `convert_checkpoint`). What
+    LightningDiT does in another way is in methods of its own, and in the class attributes here.
     """
 
-    betas, cosine_weight, solver, shift = (0.9, 0.999), 0.0, "sde", 1.0  # to train and to sample with (config: SiT, REPA)
-    time = staticmethod(lambda u: u)  # uniform draws (B,) -> times (B,)
-    positions = staticmethod(sincos)
-    norm = staticmethod(lambda width: nn.LayerNorm(width, elementwise_affine=False, eps=1e-6))
-    attention = staticmethod(lambda width, heads, table: Attention(width, heads))
-    mlp = staticmethod(lambda width: Mlp(width, 4 * width, width, gelu="tanh"))
+    betas = (0.9, 0.999)  # of its AdamW (config: SiT)
+    cosine_weight = 0.0  # of a cosine loss beside the squared error
+    default_solver = "sde"  # (config: REPA)
+    default_shift = 1.0  # no shift of the ODE solvers' time steps
 
-    def __init__(self, tokens: int, channels: int, num_classes: int, size: str = "XL", grid: bool = False):
+    def __init__(
+        self,
+        num_tokens: int,
+        latent_dim: int,
+        num_classes: int,
+        size: str = "XL",
+        is_2d: bool = False,
+    ):
         super().__init__()
-        if size not in SIZES:
-            raise ValueError(f"sit size is {size!r}; it must be one of {', '.join(SIZES)}")
-        width, depth, heads = SIZES[size]
-        self.num_classes = num_classes
-        self.x_embedder = nn.Linear(channels, width)
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})  # the last is the null label
-        self.pos_embed = nn.Parameter(self.positions(tokens, width, grid)[None], requires_grad=False)
-        table = sincos(tokens, width // heads, grid)
-        parts = ((self.attention(width, heads, table), self.mlp(width)) for _ in range(depth))
-        self.blocks = nn.ModuleList(SiTBlock(width, self.norm, *pair) for pair in parts)
-        self.final_layer = FinalLayer(width, channels, self.norm)
-        self.apply(init_linear)  # from here on DiT's start: every block is the identity, the output is zero
-        for layer in (self.y_embedder["embedding_table"], self.t_embedder["mlp"][0], self.t_embedder["mlp"][2]):
+        if size not in GENERATOR_SIZES:
+            raise ValueError(f"generator size {size!r} is not one of {', '.join(GENERATOR_SIZES)}")
+        width, depth, num_heads = GENERATOR_SIZES[size]
+        self.null_label = num_classes
+        self.x_embedder = nn.Linear(latent_dim, width)
+        t_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.ModuleDict({"mlp": t_mlp})
+        table = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
+        pos_embed = self.get_pos_embed(num_tokens, width, is_2d)
+        self.pos_embed = nn.Parameter(pos_embed[None], requires_grad=False)
+        rope = get_pos_embed(num_tokens, width // num_heads, is_2d)
+        self.blocks = nn.ModuleList(self.make_block(width, num_heads, rope) for _ in range(depth))
+        self.final_layer = FinalLayer(width, latent_dim, lambda: self.make_norm(width))
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """DiT's initialization: every block starts as the identity, and the output as zero."""
+        self.apply(init_linear)
+        t_mlp = self.t_embedder["mlp"]
+        for layer in (self.y_embedder["embedding_table"], t_mlp[0], t_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    # What LightningDiT replaces.
+
+    def make_norm(self, width: int) -> nn.Module:
+        return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+    def make_block(self, width: int, num_heads: int, rope: Tensor) -> nn.Module:
+        attn = Attention(width, num_heads)
+        mlp = Mlp(width, 4 * width, width, gelu="tanh")
+        return SiTBlock(width, lambda: self.make_norm(width), attn, mlp)
+
+    def get_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
+        return get_pos_embed(num_tokens, width, is_2d)
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniform numbers (B,) -> training times (B,): uniform for SiT (config)."""
+        return u
+
+    # The network, its loss and its samples.
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, L, C), t (B,), y (B,) -> velocity (B, L, C)."""
+        """x (B, L, C), t (B,) in [0, 1], y (B,) -> velocity (B, L, C)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
-        c = self.t_embedder["mlp"](timestep_sinusoid(t)) + self.y_embedder["embedding_table"](y)  # (B, D)
+        t_embedding = self.t_embedder["mlp"](timestep_embedding(t))
+        y_embedding = self.y_embedder["embedding_table"](y)
+        condition = t_embedding + y_embedding  # (B, D)
         for block in self.blocks:
-            x = block(x, c)
-        return self.final_layer(x, c)
+            x = block(x, condition)
+        return self.final_layer(x, condition)
+
+    def loss(self, x: Tensor, y: Tensor, rng) -> Tensor:
+        """The flow-matching loss (B,) of normalized latents x (B, L, C) with labels y (B,).
+
+        `rng` draws for the rows of the batch: rng.rand(*shape) is uniform, rng.randn(*shape) is
+        normal, both of shape (B, *shape) (utils/random.py).
+        """
+        t = self.sample_t(rng.rand())
+        noise = rng.randn(*x.shape[1:])
+        y = drop_labels(y, self.null_label, rng.rand())
+        return flow_matching_loss(self, x, y, t, noise, self.cosine_weight)
+
+    def sample(self, noise: Iterator[Tensor], y: Tensor, **settings) -> Tensor:
+        """Latents (B, L, C) for labels y (B,); see the function `sample` for the settings."""
+        return sample(self, noise, y, self.null_label, **settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# LightningDiT.
+
+
+class RoPEAttention(Attention):
+    """Self-attention with rotary position embedding.
+
+    rope (T, D / heads) holds sines and cosines of the positions, as `get_pos_embed` returns
+    them. Queries and keys are rotated by these angles, so that their products depend only on how
+    far apart two tokens are.
+    """
+
+    def __init__(self, width: int, num_heads: int, rope: Tensor):
+        super().__init__(width, num_heads)
+        sin, cos = rope.unflatten(1, (-1, 2)).unbind(dim=-1)  # each (T, D / heads / 2)
+        self.register_buffer("sin", sin.contiguous(), persistent=False)
+        self.register_buffer("cos", cos.contiguous(), persistent=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(self.apply_rope(q), self.apply_rope(k), v)
+
+    def apply_rope(self, x: Tensor) -> Tensor:
+        """x (B, heads, T, D / heads), whose neighboring channels are points (a, b) of a plane."""
+        a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
+        rotated_a = a * self.cos - b * self.sin
+        rotated_b = a * self.sin + b * self.cos
+        return torch.stack([rotated_a, rotated_b], dim=-1).flatten(-2).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(..., width) -> (..., width). Three matrices with as many parameters as the two of `Mlp`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden_dim = 8 * width // 3
+        self.w12 = nn.Linear(width, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
 
 
 class LightningDiT(SiT):
     """SiT with RMSNorm, SwiGLU and rotary attention (config: hustvl/LightningDiT; MAETok tab. 9).
 
-    Released networks run from noise at t = 0 to data: with their weights, v(x, t, y) is -model(x, 1 - t, y).
+    Released networks run from noise at t = 0 to data at t = 1. With their weights, v(x, t, y) is
+    -model(x, 1 - t, y).
     """
 
-    betas, cosine_weight, solver, shift = (0.9, 0.95), 1.0, "euler", 0.3
-    time = staticmethod(lambda u: torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid())  # logit-normal; clamped: finite
-    norm = staticmethod(lambda width: nn.RMSNorm(width, eps=1e-6))
-    attention, mlp = RotaryAttention, SwiGLU
+    betas = (0.9, 0.95)
+    cosine_weight = 1.0
+    default_solver = "euler"
+    default_shift = 0.3
 
-    @staticmethod
-    def positions(tokens: int, width: int, grid: bool) -> Tensor:
-        """`sincos` in hustvl's order: the half of the column before that of the row, and in each the sines before the cosines."""
-        return sincos(tokens, width, grid).unflatten(1, (2 if grid else 1, -1, 2)).flip(1).transpose(2, 3).flatten(1)
+    def make_norm(self, width: int) -> nn.Module:
+        return nn.RMSNorm(width, eps=1e-6)
+
+    def make_block(self, width: int, num_heads: int, rope: Tensor) -> nn.Module:
+        attn = RoPEAttention(width, num_heads, rope)
+        return SiTBlock(width, lambda: self.make_norm(width), attn, SwiGLU(width))
+
+    def get_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
+        """In the channel order of hustvl's code: columns before rows, sines before cosines."""
+        pos_embed = get_pos_embed(num_tokens, width, is_2d)
+        parts = pos_embed.unflatten(1, (2 if is_2d else 1, -1, 2)).flip(1)
+        return parts.transpose(2, 3).flatten(1)
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Logit-normal times. The uniform numbers are clamped so that no time is infinite."""
+        return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
 
+# To try another generator, write a class with `loss` and `sample` and give it a row here.
 GENERATORS = {"sit": SiT, "lightningdit": LightningDiT}
 
 
-def official_state(checkpoint: dict) -> dict[str, Tensor]:
-    """The weights of a released SiT or LightningDiT: flat, or under "ema" or "model", with or without wrapper prefixes."""
+def convert_checkpoint(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict of a released SiT or LightningDiT.
+
+    Released files hold the weights directly or under "ema" or "model", with or without the prefixes
+    of DistributedDataParallel and torch.compile.
+    """
     state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
-    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
-    # LightningDiT's: a 1x1 convolution for our linear layer, and a table that is computed here.
-    renamed = {key.replace("x_embedder.proj.", "x_embedder."): value for key, value in state.items() if "feat_rope" not in key}
-    return {key: value.flatten(1) if value.ndim == 4 else value for key, value in renamed.items()}
+    converted = {}
+    for key, weight in state.items():
+        key = key.removeprefix("module.").removeprefix("_orig_mod.")
+        if "feat_rope" in key:  # LightningDiT's rotary table, which is computed here
+            continue
+        if weight.ndim == 4:  # its 1x1 convolution, which is a linear layer here
+            weight = weight.flatten(1)
+        converted[key.replace("x_embedder.proj.", "x_embedder.")] = weight
+    return converted
 
 
-def drop_labels(y: Tensor, null_label: int, uniform: Tensor, probability: float = 0.1) -> Tensor:
-    """y (B,) -> y with the null label where uniform (B,) < probability, so that guidance has an unconditional model."""
-    return torch.where(uniform < probability, null_label, y)
+# --------------------------------------------------------------------------------------------------
+# Training.
 
 
-def flow_matching_loss(model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, cosine_weight: float = 0.0) -> Tensor:
-    """(B,), float32 or better: |model(x_t, t, y) - v|^2, a mean over L and C, of the linear path (section B.2).
+def drop_labels(y: Tensor, null_label: int, rand: Tensor, probability: float = 0.1) -> Tensor:
+    """Replace labels by the null label where rand (B,) < probability, for guidance (config)."""
+    return torch.where(rand < probability, null_label, y)
 
-    LightningDiT adds cosine_weight (1 - cosine over C), a mean over L.
+
+def flow_matching_loss(
+    model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, cosine_weight: float = 0.0
+) -> Tensor:
+    """|model(x_t, t, y) - v|^2 as a mean over L and C (section B.2) -> (B,), float32 or better.
+
+    LightningDiT adds cosine_weight (1 - cos(prediction, v)), a mean over L of cosines over C.
     """
     s = t[:, None, None]
-    x_t, v = (1 - s) * x + s * noise, noise - x
+    x_t = (1 - s) * x + s * noise
+    v = noise - x
     prediction = model(x_t, t, y).to(v.dtype)
     loss = (prediction - v).square().mean(dim=(1, 2))
     if cosine_weight:
-        angle = 1 - F.cosine_similarity(prediction, v, dim=2, eps=1e-8)  # (B, L)
-        loss = loss + cosine_weight * angle.mean(dim=1)
+        cos_loss = 1 - F.cosine_similarity(prediction, v, dim=2, eps=1e-8)  # (B, L)
+        loss = loss + cosine_weight * cos_loss.mean(dim=1)
     return loss
 
 
+# --------------------------------------------------------------------------------------------------
+# Sampling.
+
+
+def per_sample_noise(
+    seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device
+) -> Iterator[Tensor]:
+    """Endless batches of N(0, 1) noise (len(indices), *shape), float32.
+
+    Row i depends on (seed, indices[i]) only, so a sample does not depend on its batch.
+    """
+    generators = [np.random.default_rng((seed, index)) for index in indices]
+    while True:
+        rows = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
+        yield torch.from_numpy(np.stack(rows)).to(device)
+
+
 def score(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """grad log p_t(x) = -E[noise | x] / t, where E[noise | x] = x + (1 - t) v."""
+    """grad log p_t(x) = -E[noise | x] / t with E[noise | x] = x + (1 - t) v, on the linear path."""
     return -(x + (1 - t) * v) / t
 
 
-def seeded_noise(seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
-    """Endless N(0, 1) batches (len(indices), *shape), float32. Row i depends only on (seed, indices[i])."""
-    generators = [np.random.default_rng((seed, index)) for index in indices]
-    while True:
-        rows = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
-        yield torch.from_numpy(rows).to(device)
+def time_steps(solver: str, num_steps: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Where each step starts and ends, float64 (num_steps,) each.
+
+    ODE solvers go from 1 to 0. A shift s moves each time t to t / (t + s (1 - t)), so that s < 1
+    puts more steps near the noise. The SDE goes from 1 to 0.04, and then in one step to 0.
+    """
+    if solver == "sde":
+        t_steps = torch.linspace(1, 0.04, num_steps, dtype=torch.float64)
+        t_steps = torch.cat([t_steps, torch.zeros(1, dtype=torch.float64)])
+    else:
+        t_steps = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        t_steps = t_steps / (1 + (shift - 1) * (1 - t_steps))
+    return t_steps[:-1], t_steps[1:]
 
 
 @torch.no_grad()
@@ -213,74 +362,93 @@ def sample(
     y: Tensor,
     null_label: int,
     solver: str = "sde",
-    steps: int = 250,
-    guidance: float = 1.0,
-    interval: tuple[float, float] = (0.0, 0.7),
-    shift: float = 1.0,
-    guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    num_steps: int = 250,
+    cfg_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 0.7),
+    timestep_shift: float = 1.0,
+    guide_model: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Integrate from noise to data -> (B, L, C), float64.
+    """Integrate the velocity from noise to data -> (B, L, C), float64.
 
-    model     velocity v(x, t, y); called with the dtype of the noise, while the state is kept in float64
-    noise     first item: x at t = 1, (B, L, C); the SDE takes one more item per step but the last
-    solver    "euler" or "heun" (ODE), "sde" (Euler-Maruyama with diffusion 2t, last step 0.04 -> 0 without noise)
-    guidance  w >= 1 in v = v_null + w (v_y - v_null), applied when interval[0] <= t <= interval[1]; elsewhere, and for w = 1,
-              only v_y is computed. Heun's second evaluation is guided when its first one is.
-    shift     s of an ODE solver's time steps: each t becomes t / (t + s (1 - t)) (config: LightningDiT 0.3)
-    guide     a weaker network that v_null is taken from (autoguidance, MAETok 4.5), else it is the model's own
-    Paper B.2: w = 2.3 (128 tokens) or 2.4 (64). Config (REPA's, which B.2 follows): sde, 250 steps, interval [0, 0.7].
-    Raises ValueError for what `check_sampler` refuses.
+    model              velocity v(x, t, y); it is called in the dtype of the noise, while the
+                       state is kept in float64
+    noise              its first item is x at t = 1, (B, L, C); the SDE takes one more item per step
+                       except for the last
+    solver             "euler" or "heun" for the ODE, or "sde": Euler-Maruyama with the diffusion
+                       coefficient 2t, whose last step from 0.04 to 0 adds no noise
+    cfg_scale          w >= 1 in v = v_null + w (v_y - v_null)
+    guidance_interval  guide only while t lies in it. Elsewhere, and for w = 1, only v_y is
+                       computed. Heun's second evaluation is guided if its first one is
+    timestep_shift     see `time_steps`; the SDE takes none (config: LightningDiT 0.3)
+    guide_model        a weaker model that v_null comes from (autoguidance, MAETok 4.5)
+
+    Paper B.2: w = 2.3 with 128 tokens, 2.4 with 64. Config (REPA, which B.2 follows): the SDE, 250
+    steps, the interval [0, 0.7]. Raises ValueError for settings that `check_sampler` refuses.
     """
-    check_sampler(solver, steps, guidance, interval, shift)
-    start = next(noise)
-    x, dtype = start.double(), start.dtype
+    check_sampler(solver, num_steps, cfg_scale, guidance_interval, timestep_shift)
+    x1 = next(noise)
+    x = x1.double()
     null = torch.full_like(y, null_label)
 
     def velocity(x: Tensor, t: Tensor, guided: bool) -> Tensor:
-        x, t = x.to(dtype), t.to(dtype).expand(len(x))
+        x = x.to(x1.dtype)
+        t = t.to(x1.dtype).expand(len(x))
         if not guided:
             return model(x, t, y).double()
-        if guide is None:
-            v_y, v_null = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).double().chunk(2)
-        else:
-            v_y, v_null = model(x, t, y).double(), guide(x, t, null).double()
-        return v_null + guidance * (v_y - v_null)
+        if guide_model is not None:
+            v_y = model(x, t, y).double()
+            v_null = guide_model(x, t, null).double()
+        else:  # both in one call
+            both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+            v_y, v_null = both.double().chunk(2)
+        return v_null + cfg_scale * (v_y - v_null)
 
-    for i, (t, t_next) in enumerate(zip(*time_steps(solver, steps, shift))):
-        guided = guidance > 1 and interval[0] <= t <= interval[1]
+    starts, ends = time_steps(solver, num_steps, timestep_shift)
+    for i, (t, t_next) in enumerate(zip(starts, ends)):
+        is_last = i + 1 == num_steps
+        guided = cfg_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
         t, t_next = t.to(x.device), t_next.to(x.device)
-        dt = t_next - t
+        dt = t_next - t  # negative
         v = velocity(x, t, guided)
         if solver == "sde":
             x = x + (v - t * score(x, v, t)) * dt
-            if i + 1 < steps:
+            if not is_last:
                 x = x + torch.sqrt(2 * t * -dt) * next(noise).double()
-        elif solver == "heun" and i + 1 < steps:
-            x = x + (v + velocity(x + v * dt, t_next, guided)) / 2 * dt
+        elif solver == "heun" and not is_last:
+            v_next = velocity(x + v * dt, t_next, guided)
+            x = x + (v + v_next) / 2 * dt
         else:
             x = x + v * dt
     return x
 
 
-def time_steps(solver: str, steps: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The start and the end of each step, float64 (steps,): 1 -> 0, for the SDE 1 -> 0.04 and then 0."""
-    if solver == "sde":
-        grid = torch.cat([torch.linspace(1, 0.04, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
-    else:
-        grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        grid = grid / (1 + (shift - 1) * (1 - grid))  # a shift below 1 puts more of them near the noise
-    return grid[:-1], grid[1:]
-
-
-def check_sampler(solver: str, steps: int, guidance: float, interval: tuple[float, float], shift: float = 1.0) -> None:
-    """Raises ValueError, naming the value, when `sample` cannot be called so."""
+def check_sampler(
+    solver: str,
+    num_steps: int,
+    cfg_scale: float,
+    guidance_interval: tuple[float, float],
+    timestep_shift: float = 1.0,
+) -> None:
+    """Raise ValueError, naming the value, for settings that `sample` cannot work with."""
+    low, high = guidance_interval
     if solver not in ("euler", "heun", "sde"):
-        raise ValueError(f"solver is {solver!r}; it must be euler, heun or sde")
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps; at least 1 is needed")
-    if not math.isfinite(guidance) or guidance < 1:
-        raise ValueError(f"guidance is {guidance}; it must be a finite number of at least 1 (1 = no guidance)")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"guidance interval [{interval[0]}, {interval[1]}] must lie in [0, 1], the lower end first")
-    if not 0 < shift < math.inf or (solver == "sde" and shift != 1):
-        raise ValueError(f"shift is {shift}; it must be a finite number above 0, and 1 with the solver sde")
+        raise ValueError(f"solver {solver!r} is not one of euler, heun, sde")
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} sampling steps are too few; at least 1 is needed")
+    if not math.isfinite(cfg_scale) or cfg_scale < 1:
+        raise ValueError(f"guidance {cfg_scale} must be a finite number of at least 1 (1 is none)")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance interval [{low}, {high}] must be ordered and lie in [0, 1]")
+    if not 0 < timestep_shift < math.inf:
+        raise ValueError(f"shift {timestep_shift} must be a finite number above 0")
+    if solver == "sde" and timestep_shift != 1:
+        raise ValueError(
+            f"shift {timestep_shift} is not possible with the solver sde; it must be 1"
+        )
+
+
+if __name__ == "__main__":
+    model = SiT(num_tokens=16, latent_dim=8, num_classes=10, size="toy")
+    noise = per_sample_noise(seed=0, indices=[0, 1], shape=(16, 8), device=torch.device("cpu"))
+    latents = model.sample(noise, torch.tensor([3, 7]), num_steps=10, cfg_scale=2.0)
+    print(f"latents {tuple(latents.shape)}, std {latents.std().item():.2f}")

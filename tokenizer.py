@@ -1,15 +1,18 @@
-"""The MacTok tokenizer: image -> L continuous 1D tokens -> image (paper section 3.1).
+"""The MacTok tokenizer: an image becomes L continuous one-dimensional tokens, and an image again.
 
     images (B, 3, H, W) in [-1, 1]
-      -> Encoder   [N image tokens; L learnable latent tokens] -> ViT -> the L outputs -> a posterior of (B, L, C)
-      -> Gaussian  (or Point)  z = posterior.sample()  (B, L, C)
-      -> Decoder   [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels (B, 3, H, W)
+      -> Encoder      [N patch tokens; L learnable latent tokens] -> ViT -> the L outputs (B, L, D)
+      -> bottleneck   a posterior over latents; z = posterior.sample() has the shape (B, L, C)
+      -> Decoder      [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels
 
-Shapes: B batch, N = (H / patch_size)^2 image patches, L latent tokens, C channels per token, D width. With tokens = 0 there are
-no latent tokens, the latents are the outputs at the patches and L = N (l-DeTok, AlignTok).
-The mask is an argument (see masking.py): bool (B, N), True = hidden from the encoder. One that is passed is applied.
+This is section 3.1 of the paper. Shapes: B is the batch size, N = (H / patch_size)^2 the number of
+image patches, L the number of latent tokens, C the channels of a latent token, D the width.
 
-    python -c "import torch, tokenizer as t; m = t.Tokenizer(32, 4, 16, 16, 'toy'); print(m(torch.zeros(2, 3, 32, 32))[0].shape)"
+A mask is a bool tensor (B, N) in which True means that the encoder does not see the patch
+(masking.py makes them). A mask that is passed is always applied, in training mode and in eval mode
+alike.
+
+`python tokenizer.py` encodes and decodes two images with an untrained tokenizer.
 """
 
 import math
@@ -19,46 +22,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (width, depth, heads) of the encoder and of the decoder. Paper tab. 6b: S 45M, B 176M, BL 391M; here 43.5M, 172.0M, 389.6M at
-# 256 px with 128 tokens (the README says where the rest is).
-SIZES = {
+# Width, depth and number of attention heads of the encoder and of the decoder. The paper's table 6b
+# counts 45M parameters for S, 176M for B and 391M for BL; these have 43.5M, 172.0M and 389.6M at
+# 256 px with 128 tokens (docs/sources.md says where the difference most likely lies).
+MODEL_SIZES = {
     "toy": ((128, 3, 4), (128, 3, 4)),
     "S": ((384, 12, 6), (384, 12, 6)),
     "B": ((768, 12, 12), (768, 12, 12)),
     "BL": ((768, 12, 12), (1024, 24, 16)),
 }
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2's input, images in [0, 1]
+# Statistics of ImageNet's pixels in [0, 1], with which DINOv2's input is normalized.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# --------------------------------------------------------------------------------------------------
+# Transformer blocks. The parameter names are those of DINOv2's official files.
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        x = self.attend(*qkv.permute(2, 0, 3, 1, 4))
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        x = self.attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, length, width))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each (B, heads, T, D / heads)."""
+        """Attention weights times values; q, k, v and the result are (B, heads, T, D / heads)."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear: (..., width) -> (..., out). `gelu` is 'none' (exact, DINOv2) or 'tanh' (SiT)."""
+    """Linear, GELU, Linear: (..., width) -> (..., out_dim).
 
-    def __init__(self, width: int, hidden: int, out: int, gelu: str = "none"):
+    `gelu` is "none" for the exact GELU (DINOv2) or "tanh" for its approximation (SiT).
+    """
+
+    def __init__(self, width: int, hidden_dim: int, out_dim: int, gelu: str = "none"):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(width, hidden_dim)
         self.act = nn.GELU(approximate=gelu)
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc2 = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -76,12 +90,12 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with DINOv2's parameter names, (B, T, D) -> (B, T, D); DINO has no layer scale."""
+    """A pre-norm transformer block, (B, T, D) -> (B, T, D). DINO's blocks have no layer scale."""
 
-    def __init__(self, width: int, heads: int, layer_scale: bool = True):
+    def __init__(self, width: int, num_heads: int, layer_scale: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, num_heads)
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width, width)
@@ -92,71 +106,8 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """Positions (T,) -> (T, width): sin(p w_i), cos(p w_i) interleaved, w_i = 10000^(-2i / width)."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = positions.double()[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
-
-
-def sincos_2d(grid: int, width: int) -> Tensor:
-    """(grid^2, width), row-major: the first half of the channels says the row, the second half the column."""
-    ticks = torch.arange(grid)
-    rows, columns = ticks.repeat_interleave(grid), ticks.repeat(grid)
-    return torch.cat([sincos_1d(rows, width // 2), sincos_1d(columns, width // 2)], dim=1)
-
-
-class Gaussian(NamedTuple):
-    """A diagonal Gaussian posterior q(z | image); mean and logvar are (B, L, C), float32 (section 3.1)."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    @staticmethod
-    def of(outputs: Tensor) -> "Gaussian":
-        """The encoder's outputs (B, L, 2 C) -> mean and logvar."""
-        mean, logvar = outputs.chunk(2, dim=-1)
-        return Gaussian(mean, logvar.clamp(-30, 20))
-
-    @property
-    def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
-
-    def sample(self, noise: Tensor | None = None) -> Tensor:
-        """z = mean + std * noise (eq. 8); noise ~ N(0, 1) of the same shape, drawn here when not given."""
-        noise = torch.randn_like(self.mean) if noise is None else noise
-        return self.mean + self.std * noise
-
-    def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, (B, L): summed over channels. Eq. 9 is `kl().sum(1).mean()`."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(-1)
-
-
-class Point(NamedTuple):
-    """The posterior of a plain autoencoder: one point, without noise and without KL; mean is (B, L, C), float32."""
-
-    mean: Tensor
-
-    @staticmethod
-    def of(outputs: Tensor) -> "Point":
-        return Point(outputs)
-
-    @property
-    def std(self) -> Tensor:
-        return torch.zeros_like(self.mean)
-
-    def sample(self, noise: Tensor | None = None) -> Tensor:
-        return self.mean
-
-    def kl(self) -> Tensor:
-        return torch.zeros_like(self.mean[..., 0])
-
-
-POSTERIORS = {"gaussian": Gaussian, "point": Point}
-
-
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, N, D), row-major."""
+    """One linear map per patch: images (B, 3, H, W) -> tokens (B, N, D), row by row."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()
@@ -166,115 +117,291 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Encoder(nn.Module):
-    """images (B, 3, H, W), mask (B, N) or None -> the posterior of (B, L, C)."""
+def sincos_1d(coords: Tensor, width: int) -> Tensor:
+    """Sine-cosine embedding of coordinates: (T,) -> (T, width).
 
-    def __init__(self, grid: int, patch_size: int, tokens: int, channels: int, posterior: str, width: int, depth: int, heads: int):
+    Channels 2i and 2i + 1 hold sin(p w_i) and cos(p w_i) with w_i = 10000^(-2i / width).
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = coords.double()[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+
+def sincos_2d(grid_size: int, width: int) -> Tensor:
+    """Sine-cosine embedding of a square grid, row by row: (grid_size^2, width).
+
+    The first half of the channels encodes the row, the second half the column.
+    """
+    coords = torch.arange(grid_size)
+    rows = coords.repeat_interleave(grid_size)
+    columns = coords.repeat(grid_size)
+    return torch.cat([sincos_1d(rows, width // 2), sincos_1d(columns, width // 2)], dim=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bottlenecks. A bottleneck is a module that maps the encoder's outputs h (B, L, D) to a posterior.
+# A posterior is a named tuple of tensors (B, L, C) which offers
+#
+#     mean, std        (B, L, C), what is stored of an image once the tokenizer is trained
+#     sample(noise)    z (B, L, C), what the decoder sees
+#     losses()         {name: scalar}; the config's NAME_weight is its weight in the objective
+#     statistics()     {name: tensor}, averages over the batch, which `summarize` turns into numbers
+#
+# A bottleneck's last linear layer is called `proj`. To try another bottleneck, such as a vector
+# quantizer, write a class like these and give it a row in BOTTLENECKS.
+
+
+class DiagonalGaussian(NamedTuple):
+    """The posterior q(z | image) of section 3.1: independent normal distributions, float32."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """z = mean + std * noise (eq. 8). The noise is drawn from N(0, 1) unless it is given."""
+        if noise is None:
+            noise = torch.randn_like(self.mean)
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) of each token in nats, (B, L): the sum over channels in eq. 9."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum(dim=-1)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Eq. 9: the KL divergence, summed over tokens and channels, averaged over the batch."""
+        return {"kl": self.kl().sum(dim=1).mean()}
+
+    def statistics(self) -> dict[str, Tensor]:
+        return latent_moments(self.mean, self.std)
+
+
+class GaussianBottleneck(nn.Module):
+    """h (B, L, D) -> a `DiagonalGaussian` over (B, L, C)."""
+
+    def __init__(self, width: int, latent_dim: int):
         super().__init__()
-        self.posterior = POSTERIORS[posterior]
+        self.proj = nn.Linear(width, 2 * latent_dim)
+        init_linear(self.proj)
+        nn.init.constant_(self.proj.bias[latent_dim:], -4.0)  # start with little noise (ours)
+
+    def forward(self, h: Tensor) -> DiagonalGaussian:
+        with torch.autocast(h.device.type, enabled=False):  # exp and KL need float32
+            mean, logvar = self.proj(h.float()).chunk(2, dim=-1)
+        return DiagonalGaussian(mean, logvar.clamp(-30, 20))
+
+
+class Deterministic(NamedTuple):
+    """The posterior of a plain autoencoder: a single point, without noise and without a loss."""
+
+    mean: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        return self.mean
+
+    def losses(self) -> dict[str, Tensor]:
+        return {}
+
+    def statistics(self) -> dict[str, Tensor]:
+        return latent_moments(self.mean, self.std)
+
+
+class DeterministicBottleneck(nn.Module):
+    """h (B, L, D) -> `Deterministic` latents (B, L, C)."""
+
+    def __init__(self, width: int, latent_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(width, latent_dim)
+        init_linear(self.proj)
+
+    def forward(self, h: Tensor) -> Deterministic:
+        with torch.autocast(h.device.type, enabled=False):
+            return Deterministic(self.proj(h.float()))
+
+
+BOTTLENECKS = {"gaussian": GaussianBottleneck, "deterministic": DeterministicBottleneck}
+
+
+def latent_moments(mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """First and second moments of the latents over the batch, (L, C) each.
+
+    Unlike a variance, they can be averaged over batches and processes.
+    """
+    return {
+        "mean": mean.mean(dim=0),
+        "mean_square": mean.square().mean(dim=0),
+        "z_square": (mean.square() + std.square()).mean(dim=0),
+    }
+
+
+def summarize(averages: dict[str, Tensor]) -> dict[str, float]:
+    """Averaged losses and posterior statistics -> plain numbers for the log.
+
+    kl_per_token is the KL divergence in nats of one latent token; active_units is the share of
+    latents whose posterior mean has a variance over images above 0.01 (Burda et al. 2016);
+    latent_std is the standard deviation of z over images.
+    """
+    numbers = {name: value.item() for name, value in averages.items() if value.ndim == 0}
+    if "mean" in averages:
+        variance = averages["mean_square"] - averages["mean"].square()
+        z_variance = averages["z_square"] - averages["mean"].square()
+        if "kl" in numbers:
+            numbers["kl_per_token"] = numbers["kl"] / len(variance)
+        numbers["active_units"] = (variance > 0.01).float().mean().item()
+        numbers["latent_std"] = z_variance.mean().clamp(min=0).sqrt().item()
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder, decoder, and both around a bottleneck.
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W), mask (B, N) or None -> outputs at the latent tokens (B, L, D)."""
+
+    def __init__(
+        self,
+        grid_size: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+    ):
+        super().__init__()
+        self.width = width
         self.patch_embed = PatchEmbed(patch_size, width)
-        self.pos_embed = nn.Parameter(sincos_2d(grid, width)[None])  # 2D absolute, trained
+        self.pos_embed = nn.Parameter(sincos_2d(grid_size, width)[None])  # 2D absolute, trained
         self.mask_token = nn.Parameter(torch.zeros(1, width))
-        # Distinct learned tokens are their own 1D positions: a position table would be the same parameter twice.
-        self.latent_tokens = nn.Parameter(torch.randn(1, tokens, width)) if tokens else None
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        # The latent tokens are learned and all different, so each is its own 1D position: adding a
+        # learned position to them would only add the same parameter twice.
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width))
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.to_moments = nn.Linear(width, channels * len(self.posterior._fields))  # mean and logvar, or the point
+        self.apply(init_linear)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, drop: bool = False) -> Gaussian | Point:
-        """Hidden patches become a learned token. With `drop`, as many in each image, the blocks never see them (l-DeTok 3.2).
-
-        A dropped patch has no latent: the prior, mean 0 and logvar 0, stands in its place.
-        """
-        x = self.patch_embed(images)  # (B, N, D)
+    def embed_patches(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """-> (B, N, D) with positions. Hidden patches become a learned token (section 3.2)."""
+        x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x + self.pos_embed
-        if drop:
-            x = x[~mask].view(len(x), -1, x.shape[-1])  # (B, visible, D)
-        if self.latent_tokens is not None:
-            x = torch.cat([x, self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)], dim=1)  # (B, N + L, D)
-        x = self.blocks(x)
-        x = self.norm(x if self.latent_tokens is None else x[:, -self.latent_tokens.shape[1] :])  # (B, L, D)
-        with torch.autocast(x.device.type, enabled=False):
-            outputs = self.to_moments(x.float())
-        if drop:
-            outputs = outputs.new_zeros(*mask.shape, outputs.shape[-1]).masked_scatter(~mask[..., None], outputs)
-        return self.posterior.of(outputs)
+        return x + self.pos_embed
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed_patches(images, mask)
+        latent_tokens = self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)
+        x = self.blocks(torch.cat([x, latent_tokens], dim=1))  # (B, N + L, D)
+        return self.norm(x[:, -latent_tokens.shape[1] :])  # (B, L, D)
 
 
 class Decoder(nn.Module):
-    """z (B, L, C) -> (B, N, out), what it predicts of each patch: its pixels, or features (align.py)."""
+    """z (B, L, C) -> a prediction for each patch (B, N, out_dim): pixels or features."""
 
-    def __init__(self, grid: int, tokens: int, channels: int, out: int, width: int, depth: int, heads: int):
+    def __init__(
+        self,
+        grid_size: int,
+        num_latent_tokens: int,
+        latent_dim: int,
+        out_dim: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+    ):
         super().__init__()
-        self.from_latent = nn.Linear(channels, width)
-        self.latent_pos = nn.Parameter(sincos_1d(torch.arange(tokens), width)[None]) if tokens else None
-        # One learned token per patch; starting as 2D positions costs nothing and learns faster than 1D ones (ours).
-        self.reconstruction_tokens = nn.Parameter(sincos_2d(grid, width)[None])
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.width = width
+        self.num_heads = num_heads
+        self.from_latent = nn.Linear(latent_dim, width)
+        self.latent_pos = nn.Parameter(sincos_1d(torch.arange(num_latent_tokens), width)[None])
+        # One learned token per patch. They start as 2D positions, which learns faster than the 1D
+        # positions of the paper and ends at the same kind of learned table (ours).
+        self.reconstruction_tokens = nn.Parameter(sincos_2d(grid_size, width)[None])
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.to_patches = nn.Linear(width, out)
+        self.last_layer = nn.Linear(width, out_dim)
+        self.apply(init_linear)
 
-    def forward(self, z: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Latents of patches are added to the tokens of theirs; a dropped one's (B, N) stands alone, as its mask token."""
-        x, z = self.reconstruction_tokens.expand(len(z), -1, -1), self.from_latent(z)
-        if self.latent_pos is not None:
-            x = torch.cat([x.to(z.dtype), z + self.latent_pos], dim=1)  # (B, N + L, D)
-        else:
-            x = x + (z if dropped is None else z.masked_fill(dropped[..., None], 0))  # (B, N, D)
-        x = self.blocks(x)
-        return self.to_patches(self.norm(x[:, : self.reconstruction_tokens.shape[1]])).float()
+    def make_sequence(self, z: Tensor) -> Tensor:
+        """z (B, L, C) -> the transformer's input, whose first N tokens stand for the patches."""
+        z = self.from_latent(z)
+        z = z + self.latent_pos
+        reconstruction_tokens = self.reconstruction_tokens.expand(len(z), -1, -1)
+        return torch.cat([reconstruction_tokens.to(z.dtype), z], dim=1)  # (B, N + L, D)
 
-
-def to_image(patches: Tensor, patch_size: int) -> Tensor:
-    """(B, N, 3 p p), row-major -> (B, 3, H, W)."""
-    side = math.isqrt(patches.shape[1]) * patch_size
-    return F.fold(patches.transpose(1, 2), side, patch_size, stride=patch_size)
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.blocks(self.make_sequence(z))
+        num_patches = self.reconstruction_tokens.shape[1]
+        return self.last_layer(self.norm(x[:, :num_patches])).float()
 
 
 class Tokenizer(nn.Module):
-    """The autoencoder of paper section 3.1: `encoder`, `decoder` and the statistics of its latents.
+    """The autoencoder of section 3.1: `encoder`, `bottleneck`, `decoder`, and latent statistics.
 
-    image_size and patch_size in pixels (256 and 16 give N = 256), tokens = L (0: one latent per patch), channels = C, size of
-    SIZES, posterior of POSTERIORS, encoder: another one with the call of `Encoder` and a last layer `to_moments`. Raises
-    ValueError when patch_size does not divide image_size.
+    image_size          side of the square images in pixels
+    patch_size          side of a patch in pixels; it must divide image_size
+    num_latent_tokens   L
+    latent_dim          C, the channels of a latent token
+    model_size          a key of MODEL_SIZES
+    bottleneck          a key of BOTTLENECKS
+    encoder, decoder    others with the calls of `Encoder` and `Decoder` (family.py has some)
+    is_2d               True if the latents lie on the grid of the patches, row by row
+
+    Raises ValueError for impossible sizes.
     """
 
     def __init__(
         self,
         image_size: int,
         patch_size: int,
-        tokens: int,
-        channels: int,
-        size: str,
-        posterior: str = "gaussian",
+        num_latent_tokens: int,
+        latent_dim: int,
+        model_size: str,
+        bottleneck: str = "gaussian",
         encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        is_2d: bool = False,
     ):
         super().__init__()
-        if size not in SIZES:
-            raise ValueError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
-        if min(image_size, patch_size, channels) < 1 or tokens < 0 or image_size % patch_size:
-            sizes = f"image_size {image_size}, patch_size {patch_size}, tokens {tokens}, channels {channels}"
-            raise ValueError(f"{sizes}: patch_size must divide image_size, and all but tokens be at least 1")
-        grid = image_size // patch_size
-        self.patch_size, self.num_patches, self.tokens, self.channels = patch_size, grid**2, tokens or grid**2, channels
-        self.has_grid = tokens == 0  # the latents lie on the grid of the patches
-        self.encoder = encoder or Encoder(grid, patch_size, tokens, channels, posterior, *SIZES[size][0])
-        self.decoder = Decoder(grid, tokens, channels, 3 * patch_size**2, *SIZES[size][1])
-        # Statistics of z over the training set, per channel; set once after training (train.py, stage "latents").
-        self.register_buffer("latent_mean", torch.zeros(channels))
-        self.register_buffer("latent_std", torch.ones(channels))
-        self.apply(init_linear)
-        nn.init.constant_(self.encoder.to_moments.bias[channels:], -4.0)  # logvar: start nearly noise-free (ours)
+        if model_size not in MODEL_SIZES:
+            raise ValueError(f"model size {model_size!r} is not one of {', '.join(MODEL_SIZES)}")
+        if min(image_size, patch_size, num_latent_tokens, latent_dim) < 1:
+            raise ValueError(
+                f"image size {image_size}, patch size {patch_size}, {num_latent_tokens} latent "
+                f"tokens and {latent_dim} channels must all be at least 1"
+            )
+        if image_size % patch_size:
+            raise ValueError(f"patch size {patch_size} does not divide image size {image_size}")
+        grid_size = image_size // patch_size
+        encoder_size, decoder_size = MODEL_SIZES[model_size]
+        self.patch_size = patch_size
+        self.grid_size = grid_size
+        self.num_patches = grid_size**2
+        self.num_latent_tokens = num_latent_tokens
+        self.latent_dim = latent_dim
+        self.is_2d = is_2d
+        self.encoder = encoder or Encoder(grid_size, patch_size, num_latent_tokens, *encoder_size)
+        self.decoder = decoder or Decoder(
+            grid_size, num_latent_tokens, latent_dim, 3 * patch_size**2, *decoder_size
+        )
+        self.bottleneck = BOTTLENECKS[bottleneck](self.encoder.width, latent_dim)
+        # Mean and standard deviation of z per channel over the training set. They are set once,
+        # after training, and are stored with the weights.
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
 
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Gaussian | Point:
-        """images (B, 3, H, W) in [-1, 1], mask bool (B, N), True = hidden -> the posterior of (B, L, C)."""
-        return self.encoder(images, mask)
+    def encode(self, images: Tensor, mask: Tensor | None = None):
+        """images (B, 3, H, W) in [-1, 1], mask bool (B, N) or None -> a posterior of (B, L, C)."""
+        return self.bottleneck(self.encoder(images, mask))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, L, C) -> images (B, 3, H, W), float32, not clipped to [-1, 1]."""
-        return to_image(self.decoder(z), self.patch_size)
+        return unpatchify(self.decoder(z), self.patch_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None):
         """-> reconstruction (B, 3, H, W), posterior, z (B, L, C)."""
@@ -283,7 +410,7 @@ class Tokenizer(nn.Module):
         return self.decode(z), posterior, z
 
     def normalize(self, z: Tensor) -> Tensor:
-        """z (B, L, C) -> zero mean and unit std per channel over the training set: what SiT sees."""
+        """z (B, L, C) -> zero mean and unit std per channel over the training set."""
         return (z - self.latent_mean) / self.latent_std
 
     def denormalize(self, x: Tensor) -> Tensor:
@@ -291,47 +418,71 @@ class Tokenizer(nn.Module):
         return x * self.latent_std + self.latent_mean
 
 
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Pixels of patches (B, N, 3 p p), row by row -> images (B, 3, H, W)."""
+    image_size = math.isqrt(patches.shape[1]) * patch_size
+    return F.fold(patches.transpose(1, 2), image_size, patch_size, stride=patch_size)
+
+
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers and the patch embedding (as a linear layer)."""
+    """Xavier-uniform weights and zero biases, for linear layers and for the patch embedding."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
 
 
-def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
-    """(D, 3, p, p) -> (D, 3, patch_size, patch_size), so that a resized patch keeps its embedding (FlexiViT eq. 4).
+# --------------------------------------------------------------------------------------------------
+# The encoder starts from DINOv2 (section 4.1).
 
-    With R the matrix of a bicubic antialiased resize from p x p to the new size, the new kernel is kernel @ pinv(R).
+
+def resample_patch_embed(kernel: Tensor, patch_size: int) -> Tensor:
+    """(D, 3, p, p) -> (D, 3, patch_size, patch_size), FlexiViT's eq. 4.
+
+    Let R be the matrix of a bicubic, antialiased resize from p x p to the new size. The new kernel
+    is kernel @ pinv(R), so that a resized patch keeps its embedding.
     """
-    old = kernel.shape[-1]
-    unit = torch.eye(old**2).view(old**2, 1, old, old)
-    resize = F.interpolate(unit, size=(patch_size, patch_size), mode="bicubic", antialias=True)
-    inverse = torch.linalg.pinv(resize.view(old**2, -1).double())  # (new^2, old^2)
+    src_size = kernel.shape[-1]
+    basis = torch.ones(src_size**2).diag().view(-1, 1, src_size, src_size)
+    resized = F.interpolate(basis, size=(patch_size, patch_size), mode="bicubic", antialias=True)
+    resize_matrix = resized.view(src_size**2, -1).double()
+    inverse = torch.linalg.pinv(resize_matrix)  # (patch_size^2, p^2)
     resampled = kernel.flatten(2).double() @ inverse.T
     return resampled.view(*kernel.shape[:2], patch_size, patch_size).float()
 
 
-def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1, n^2, D) -> (1, grid^2, D), bicubic and antialiased."""
-    old = math.isqrt(positions.shape[1])
-    image = positions.view(1, old, old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
-    return image.flatten(2).transpose(1, 2)
+def resample_pos_embed(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """(1, n^2, D) -> (1, grid_size^2, D), bicubic and antialiased."""
+    src_size = math.isqrt(pos_embed.shape[1])
+    grid = pos_embed.view(1, src_size, src_size, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=True)
+    return grid.flatten(2).transpose(1, 2)
 
 
-def load_dinov2(encoder: Encoder, state: dict[str, Tensor]) -> None:
-    """Initialise an encoder from the state dict of an official DINOv2 file of the same width and depth (section 4.1).
+def load_dinov2(encoder: Encoder, dinov2: dict[str, Tensor]) -> None:
+    """Initialize an encoder from an official DINOv2 state dict of the same width and depth.
 
-    The patch kernel is resampled 14 -> patch_size and takes [-1, 1] images instead of ImageNet-normalised ones; the positions
-    are resampled to the grid (both ours). The class token and registers are not used. Raises RuntimeError on a mismatch.
+    The patch embedding is resampled from 14 px to the encoder's patch size, and takes images in
+    [-1, 1] in place of ImageNet-normalized ones; the positions are resampled to the encoder's grid
+    (both ours). DINOv2's class token and registers are not used. Raises RuntimeError on a mismatch.
     """
-    own = encoder.state_dict()
-    new = {key: value for key, value in state.items() if key not in ("cls_token", "register_tokens")}
-    new |= {key: value for key, value in own.items() if key == "latent_tokens" or key.startswith("to_moments")}
-    kernel = resample_patch_kernel(new["patch_embed.proj.weight"], encoder.patch_embed.proj.kernel_size[0])
+    current = encoder.state_dict()
+    patch_size = encoder.patch_embed.proj.kernel_size[0]
+    grid_size = math.isqrt(encoder.pos_embed.shape[1])
+    state = {key: w for key, w in dinov2.items() if key not in ("cls_token", "register_tokens")}
+    state["latent_tokens"] = current["latent_tokens"]
+
+    # DINOv2 sees (x / 2 + 1/2 - mean) / std for x in [-1, 1]; fold that into the first layer.
+    kernel = resample_patch_embed(state["patch_embed.proj.weight"], patch_size)
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    # (x / 2 + 1 / 2 - mean) / std, folded into the first layer.
-    new["patch_embed.proj.bias"] = new["patch_embed.proj.bias"] + torch.einsum("dcpq,c->d", kernel, (0.5 - mean) / std)
-    new["patch_embed.proj.weight"] = kernel * (0.5 / std).view(1, 3, 1, 1)
-    new["pos_embed"] = resample_positions(new["pos_embed"][:, 1:], math.isqrt(own["pos_embed"].shape[1]))
-    encoder.load_state_dict(new)
+    shift = torch.einsum("dcpq,c->d", kernel, (0.5 - mean) / std)
+    state["patch_embed.proj.weight"] = kernel * (0.5 / std).view(1, 3, 1, 1)
+    state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + shift
+    state["pos_embed"] = resample_pos_embed(state["pos_embed"][:, 1:], grid_size)
+    encoder.load_state_dict(state)
+
+
+if __name__ == "__main__":
+    tokenizer = Tokenizer(32, 4, num_latent_tokens=16, latent_dim=8, model_size="toy")
+    reconstruction, posterior, z = tokenizer(torch.zeros(2, 3, 32, 32))
+    print(f"latents {tuple(z.shape)}, reconstruction {tuple(reconstruction.shape)}")
+    print(f"KL divergence {posterior.losses()['kl'].item():.1f} nats per image")

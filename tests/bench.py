@@ -1,17 +1,19 @@
-"""Speed of the parts: images/s, FLOP/s and their share of a measured matmul peak, peak memory. A GPU is used when there is one.
+"""Speed of the parts: images/s, FLOP/s, their share of a measured matmul peak, and peak memory.
 
     python tests/bench.py                              # the toy preset
     python tests/bench.py --preset b256 --batch 32     # tokenizer B at 256 px, SiT-XL at 128 tokens
     python tests/bench.py --preset b256 --batch 32 --compile --tokens 64     # any flag of train.py
-    python tests/bench.py --grow                       # the toy with more tokens, larger images, other batches
-    python tests/bench.py --fid                        # Inception, Frechet distance, precision and recall instead
+    python tests/bench.py --grow                       # more tokens, larger images, other batches
+    python tests/bench.py --fid                        # Inception and the metrics of features
 
-Training steps are those of train.py's own loops. The official networks take part with random weights where their files are not
-at hand: their values do not change the speed. FLOPs are counted by PyTorch (matrix products and convolutions, 2 per
-multiply-add). The peak is the best of some matrix products in the precision of the networks, measured in the same run: on a
-busy machine compare shares, not times.
+Training steps are those of train.py's own loops. The official networks take part with random
+weights where their files are missing: values do not change the speed. PyTorch counts the FLOPs
+(matrix products and convolutions, 2 per multiply-add). The peak is the best of some matrix products
+in the precision of the networks, measured in the same run: on a busy machine, compare shares and
+not times.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,52 +33,75 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from align import build_tokenizer
-from fid import BATCH, frechet_distance, precision_recall, statistics
-from losses import DRAWS, Adversary
-from plumbing.data import ImageFolder, Latents, batches, loader
-from plumbing.inception import InceptionV3, inception_features
-from plumbing.run import Parser, Processes, command_line, write_text
-from plumbing.state import Run, peak_memory
-from recipes import PRESETS, parse_config
-from sit import GENERATORS, sample, seeded_noise
-
-ROOT = Path(__file__).parents[1]
-
-
-def seconds_of(step: Callable[[], object], device: torch.device, least: float = 2.0) -> float:
-    """Median seconds of step() after two warm-up calls, over at least `least` seconds and 3 calls."""
-    times = []
-    while len(times) < 5 or sum(times[2:]) < least:
-        times.append(once(step, device))
-    return float(np.median(times[2:]))
+from build import TrainContext, build_generator, build_tokenizer, load_frozen_networks
+from fid import BATCH_SIZE, InceptionV3, frechet_distance, inception_features, mean_cov
+from fid import precision_recall
+from losses import NUM_AUG_PARAMS, GANLoss
+from options import parse_config
+from recipes import PRESETS
+from sit import per_sample_noise
+from utils.console import Parser, run_main
+from utils.data import ImageFolder, batch_indices, image_loader
+from utils.distributed import Distributed
+from utils.latents import record_dtype, write_latents, write_metadata
+from utils.metric_log import peak_memory
 
 
-def once(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+@dataclass
+class Bench:
+    """Where and against what speed is measured."""
+
+    device: torch.device
+    peak: float  # FLOP/s
+
+    def time_once(self, step: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def median_time(self, step: Callable[[], object], at_least: float = 2.0) -> float:
+        """Median seconds of a call after two warm-up calls, over some seconds and 3 calls."""
+        times = []
+        while len(times) < 5 or sum(times[2:]) < at_least:
+            times.append(self.time_once(step))
+        return float(np.median(times[2:]))
+
+    def report(self, name: str, step: Callable[[], object], images: int) -> None:
+        flops = count_flops(step)
+        self.print_line(name, images, self.median_time(step), flops)
+
+    def print_line(self, name: str, images: int, seconds: float, flops: float) -> None:
+        share = f"{100 * flops / seconds / self.peak:5.1f} %" if flops else "      -"
+        memory = peak_memory(self.device) / 1e9
+        speed = f"{images / seconds:12.1f} {1e3 * seconds:10.1f} {flops / seconds / 1e9:10.1f}"
+        print(f"{name:40} {speed} {share:>8} {memory:8.2f}", flush=True)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of matrix products."""
+    """The best FLOP/s of some matrix products."""
     best = 0.0
+    bench = Bench(device, 1.0)
     for m, k, n in ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 768, 3072), (4608, 128, 512)):
-        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-        best = max(best, 2 * m * k * n / seconds_of(lambda a=a, b=b: a @ b, device, 0.3))
+        a = torch.randn(m, k, device=device, dtype=dtype)
+        b = torch.randn(k, n, device=device, dtype=dtype)
+        seconds = bench.median_time(lambda a=a, b=b: a @ b, at_least=0.3)
+        best = max(best, 2 * m * k * n / seconds)
     return best
 
 
 class OneModule(nullcontext):
-    """Counts all FLOPs in one place: PyTorch's count per module fails on an autograd.grad within a forward pass."""
+    """Counts all FLOPs in one place.
+
+    PyTorch's count per module fails on an autograd.grad within a forward pass.
+    """
 
     parents = frozenset({"Global"})
 
 
-def flops_of(step: Callable[[], object]) -> int:
+def count_flops(step: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = OneModule()
     with counter:
@@ -84,152 +109,215 @@ def flops_of(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def show_line(name: str, images: int, seconds: float, flops: float, device: torch.device, peak: float) -> None:
-    share = f"{100 * flops / seconds / peak:5.1f} %" if flops else "      -"
-    memory = peak_memory(device) / 1e9
-    numbers = f"{images / seconds:12.1f} {1e3 * seconds:10.1f} {flops / seconds / 1e9:10.1f} {share:>8} {memory:8.2f}"
-    print(f"{name:40} {numbers}", flush=True)
+def run_tokenizer_loop(run: TrainContext, stage: str) -> None:
+    tokenizer = run.to_device(build_tokenizer(run.config))
+    gan = GANLoss(384).to(run.device) if run.config.adversarial_weight else None
+    train.train_tokenizer(run, stage, tokenizer, gan)
 
 
-def report(name: str, step: Callable[[], object], images: int, device: torch.device, peak: float) -> None:
-    flops = flops_of(step)
-    show_line(name, images, seconds_of(step, device), flops, device, peak)
+def run_generator_loop(run: TrainContext, stage: str) -> None:
+    """On latents of random numbers."""
+    tokenizer = run.to_device(build_tokenizer(run.config)).eval()
+    num_tokens, latent_dim = tokenizer.num_latent_tokens, tokenizer.latent_dim
+    count = 2 * len(run.train_indices)
+    path = run.path("latents.npy")
+    with write_latents(path, count, record_dtype(num_tokens, latent_dim), run.dist) as writer:
+        for first in range(0, count, 1000):
+            rows = min(1000, count - first)
+            mean = torch.randn(rows, num_tokens, latent_dim)
+            labels = torch.arange(rows) % max(1, len(run.data.classes))
+            writer.write(first, mean, torch.full_like(mean, 0.1), labels)
+    zeros, ones = torch.zeros(latent_dim), torch.ones(latent_dim)
+    write_metadata(path, "bench", run.data.fingerprint, zeros, ones)
+    latents = train.cache_latents(run, tokenizer, "bench")
+    train.train_generator(run, tokenizer, latents, "bench")
 
 
-def bench_loop(name: str, run: Run, stage: str, batch: int, peak: float) -> None:
-    """A stage's own loop for some steps: its time per step is the log's; its FLOPs are those of two steps less those of one."""
+def bench_loop(
+    bench: Bench, name: str, run: TrainContext, loop: Callable, stage: str, batch_size: int
+) -> None:
+    """Some steps of a stage's own loop.
 
-    def loop(steps: int, every: int = 1) -> list[dict]:
+    The time of a step is the log's; its FLOPs are those of two steps less those of one.
+    """
+
+    def run_steps(steps: int, log_every: int = 1) -> list[dict]:
         with tempfile.TemporaryDirectory() as out:
-            few = {"tokenizer_steps": steps, "sit_steps": steps, "sample_steps": 1, "guidance": 1.0}
-            config = replace(run.config, **few, log_every=every, save_every=0, out=out)
-            short = replace(run, config=config, eval_items=run.eval_items[:2])
-            if stage == "sit":
-                make_latents(short, Path(out))
-                train.train_sit(short)
-            else:
-                train.train_on_images(short, stage)
+            short = {"tokenizer_steps": steps, "generator_steps": steps, "sampling_steps": 1}
+            quiet = {"log_every": log_every, "save_every": 10**9, "cfg_scale": 1.0, "out_dir": out}
+            config = replace(run.config, **short, **quiet)
+            loop(replace(run, config=config, val_indices=run.val_indices[:2]), stage)
             return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
-    flops = flops_of(lambda: loop(2)) - flops_of(lambda: loop(1))
-    lines = loop(40 if stage == "sit" else 12, 4)
-    speed = float(np.median([line["images_per_second"] for line in lines if "loss" in line][1:]))
-    show_line(name, batch, batch / speed, flops, run.device, peak)
+    flops = count_flops(lambda: run_steps(2)) - count_flops(lambda: run_steps(1))
+    lines = run_steps(40 if stage == "generator" else 12, log_every=4)
+    speeds = [line["images_per_second"] for line in lines if "loss" in line]
+    bench.print_line(name, batch_size, batch_size / float(np.median(speeds[1:])), flops)
 
 
-def make_latents(run: Run, out: Path) -> None:
-    """Latents of random numbers, and a tokenizer that they seem to be of, for the stage sit alone."""
-    config, count = run.config, len(run.train_items)
-    tokenizer = build_tokenizer(vars(config)).eval()
-    train.trained_tokenizer = lambda run: (tokenizer.to(run.device), "bench")
-    rows = np.lib.format.open_memmap(out / "latents.npy", "w+", Latents.record(tokenizer.tokens, config.channels), (count,))
-    rows["mean"], rows["std"], rows["label"] = 0.5, 0.1, np.arange(count) % len(run.data.classes)
-    rows.flush()
-    zeros, ones = [0.0] * config.channels, [1.0] * config.channels
-    write_text(json.dumps({"stamp": "bench", "latent_mean": zeros, "latent_std": ones}), out / "latents.json")
-
-
-def bench_terms(run: Run, batch: int, peak: float) -> None:
+def bench_terms(bench: Bench, run: TrainContext, batch_size: int) -> None:
     """What a step of the tokenizer consists of, one by one."""
-    config, device, size = run.config, run.device, run.config.image_size
-    images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-    tokenizer, (teachers, eye, lpips) = run.place(build_tokenizer(vars(config))), train.frozen_networks(run, config)
-    steps = {"encoder and decoder, both ways": lambda: tokenizer(images)[0].square().mean().backward()}
-    if teachers:
-        steps["teacher"] = lambda: [teacher(images) for teacher in teachers.values()]
-    if lpips:
-        steps["LPIPS"] = lambda: lpips(images.clone().requires_grad_(), images).mean().backward()
-    if eye:
-        judge, u = Adversary(384).to(device), torch.rand(batch, 4, DRAWS, device=device)
-        steps["discriminator's loss and the decoder's"] = lambda: sum(
-            judge(eye, images.clone().requires_grad_(), images, u, True)[:2]
-        ).backward()
+    config = run.config
+    size = config.image_size
+    images = torch.rand(batch_size, 3, size, size, device=run.device) * 2 - 1
+    tokenizer = run.to_device(build_tokenizer(config))
+    frozen = load_frozen_networks(run, config)
+
+    def encode_and_decode():
+        recon, _, _ = tokenizer(images)
+        recon.square().mean().backward()
+
+    def look_through_teachers():
+        for teacher in frozen.teachers.values():
+            teacher(images)
+
+    def compute_lpips():
+        frozen.lpips(images.clone().requires_grad_(), images).mean().backward()
+
+    steps = {"encoder and decoder, forward, backward": encode_and_decode}
+    if frozen.teachers:
+        steps["teacher"] = look_through_teachers
+    if frozen.lpips:
+        steps["LPIPS"] = compute_lpips
+    if frozen.disc_backbone:
+        gan = GANLoss(384).to(run.device)
+        rand = torch.rand(batch_size, 4, NUM_AUG_PARAMS, device=run.device)
+
+        def compute_gan_losses():
+            fake = images.clone().requires_grad_()
+            d_loss, g_loss, _ = gan(frozen.disc_backbone, fake, images, rand, with_g_loss=True)
+            (d_loss + g_loss).backward()
+
+        steps["the discriminator's loss and the decoder's"] = compute_gan_losses
     for name, step in steps.items():
-        report(f"  {name}", run.autocast()(step), batch, device, peak)
+        bench.report(f"  {name}", run.autocast()(step), batch_size)
 
 
-def bench_inception(device: torch.device, peak: float) -> None:
-    model = InceptionV3().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    images = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
-    report(f"Inception features, 256 px, batch {BATCH}", lambda: inception_features(model, images), BATCH, device, peak)
+def bench_sampling(bench: Bench, run: TrainContext, count: int = 16) -> None:
+    config = run.config
+    tokenizer = build_tokenizer(config).to(run.device).eval()
+    generator = build_generator(config, tokenizer, 10).to(run.device)
+    shape = (tokenizer.num_latent_tokens, tokenizer.latent_dim)
+    labels = torch.arange(count, device=run.device) % 10
+
+    @torch.no_grad()
+    def generate():
+        noise = per_sample_noise(0, list(range(count)), shape, run.device)
+        z = generator.sample(noise, labels, solver="sde", num_steps=10, cfg_scale=2.0)
+        tokenizer.decode(z.float())
+
+    bench.report(f"sampling, 10 SDE steps, batch {count}", generate, count)
 
 
-def bench_fid(device: torch.device, samples: int) -> None:
+def bench_loading(bench: Bench, run: TrainContext) -> None:
+    def load_from(dataset):
+        batches = batch_indices(range(len(dataset)), 32, 0, 0, [slice(0, 32)])
+        loader = iter(image_loader(dataset, batches, 0))
+        return lambda: next(loader)
+
+    bench.report("loading shapes", load_from(run.data), 32)
+    size = run.config.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            image = Image.fromarray(run.data[i][0].permute(1, 2, 0).contiguous().numpy())
+            image.resize((500, 400)).save(f"{folder}/{i}.jpg")
+        bench.report(
+            f"loading 500 x 400 JPEG at {size} px", load_from(ImageFolder(folder, size)), 32
+        )
+
+
+def bench_inception(bench: Bench) -> None:
+    model = InceptionV3().to(bench.device, memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False)
+    images = torch.randint(0, 256, (BATCH_SIZE, 3, 256, 256), dtype=torch.uint8)
+    name = f"Inception features, 256 px, batch {BATCH_SIZE}"
+    bench.report(name, lambda: inception_features(model, images), BATCH_SIZE)
+
+
+def bench_fid(bench: Bench, num_samples: int) -> None:
     """What fid.py does with features; random ones, whose values do not matter."""
     generator = torch.Generator().manual_seed(0)
-    real, few, fake = (torch.randn(count, 2048, generator=generator) for count in (10_000, 1_000, samples))
-    found = statistics(real)
-    seconds = once(lambda: frechet_distance(*statistics(few), *found), device)
+    counts = (10_000, 1_000, num_samples)
+    real, few, fake = (torch.randn(count, 2048, generator=generator) for count in counts)
+    real_stats = mean_cov(real)
+    seconds = bench.time_once(lambda: frechet_distance(*mean_cov(few), *real_stats))
     print(f"statistics of 1,000 images and Frechet distance, 2048 dimensions: {seconds:.1f} s")
-    pairs = (*statistics(fake), *found)
-    ours = once(lambda: frechet_distance(*pairs), device)
-    scipys = once(lambda: scipy.linalg.sqrtm(pairs[1] @ pairs[3]), device)
-    print(f"Frechet distance, full rank: {ours:.1f} s, {scipys / ours:.1f} times as fast as scipy's sqrtm alone")
-    seconds = once(lambda: precision_recall(real.to(device), fake.to(device)), device)
-    memory = peak_memory(device) / 1e9
-    print(f"precision and recall, {samples:,} against 10,000 x 2048: {seconds:.1f} s, peak memory {memory:.1f} GB")
+    fake_stats = mean_cov(fake)
+    ours = bench.time_once(lambda: frechet_distance(*fake_stats, *real_stats))
+    product = fake_stats[1] @ real_stats[1]
+    scipys = bench.time_once(lambda: scipy.linalg.sqrtm(product))
+    faster = scipys / ours
+    print(f"Frechet distance, full rank: {ours:.1f} s, {faster:.1f} times as fast as scipy's sqrtm")
+    real, fake = real.to(bench.device), fake.to(bench.device)
+    seconds = bench.time_once(lambda: precision_recall(real, fake))
+    memory = peak_memory(bench.device) / 1e9
+    sizes = f"{num_samples:,} against 10,000 x 2048"
+    print(f"precision and recall, {sizes}: {seconds:.1f} s, peak memory {memory:.1f} GB")
 
 
-def bench_growth(words: list[str]) -> None:
-    """The table, with these words, in a process of its own (its memory, too) for each of some values of three flags."""
+def bench_growth(arguments: list[str]) -> None:
+    """The table for some values of three flags, in a process of its own each, for its memory."""
     for flag, values in (("tokens", (16, 64, 128)), ("image_size", (64, 128)), ("batch", (4, 64))):
         for value in values:
             print(f"\n--{flag} {value}", flush=True)
-            flags = {"patch_size": 0 if flag == "tokens" else 4, "channels": 4, "batch": 16} | {flag: value}
-            varied = [word for name, number in flags.items() for word in (f"--{name}", str(number))]
-            subprocess.run([sys.executable, __file__, *varied, *words], check=True)
+            flags = {"patch_size": 0 if flag == "tokens" else 4, "channels": 4, "batch": 16}
+            flags[flag] = value
+            words = [word for name, number in flags.items() for word in (f"--{name}", str(number))]
+            subprocess.run([sys.executable, __file__, *words, *arguments], check=True)
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="toy", choices=PRESETS, help="whose sizes to measure")
+    add("--batch", type=int, default=0, help="images per forward pass (default: the preset's)")
+    add("--grow", action="store_true", help="several tables")
+    add("--fid", action="store_true", help="measure fid.py instead of a preset")
+    add("--samples", type=int, default=10_000, help="for --fid; published figures have 50000")
+    return parser
+
+
+def bench_preset(args: argparse.Namespace, flags: list[str]) -> None:
+    config, options = parse_config(["--preset", args.preset, *flags])
+    dist = Distributed.start(options.device)
+    batch_size = args.batch or config.batch_size
+    generator_batch_size = args.batch or config.generator_batch_size
+    sizes = {"batch_size": batch_size, "generator_batch_size": generator_batch_size}
+    config = replace(config, **sizes, micro_batch=0, discriminator_start=0, num_workers=0)
+    options.dry_run = True
+    run = TrainContext.open(config, dist, options)
+    peaks = [matmul_peak(dist.device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    bench = Bench(dist.device, peaks[run.use_bf16])
+    threads = torch.get_num_threads()
+    float32, bf16 = (f"{peak / 1e9:.0f} GFLOP/s" for peak in peaks)
+    print(
+        f"{dist.device.type}, {threads} threads, matmul peak {float32} in float32, {bf16} in bf16"
+    )
+    titles = f"{'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}"
+    print(f"{args.preset} {' '.join(flags):35} {titles}")
+
+    name = f"tokenizer {config.tokenizer_size} step, batch {batch_size}"
+    stage = next(iter(config.stages))
+    bench_loop(bench, name, run, run_tokenizer_loop, stage, batch_size)
+    bench_terms(bench, run, batch_size)
+    name = f"{config.generator} {config.generator_size} step, batch {generator_batch_size}"
+    bench_loop(bench, name, run, run_generator_loop, "generator", generator_batch_size)
+    bench_sampling(bench, run)
+    bench_loading(bench, run)
+    if not flags:
+        bench_inception(bench)
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="whose sizes to measure")
-    parser.add_argument("--batch", type=int, default=0, help="images per forward (default: the preset's)")
-    parser.add_argument("--precision", choices=("bf16", "float32"), help="as train.py's")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--grow", action="store_true", help="several tables")
-    parser.add_argument("--fid", action="store_true", help="measure fid.py instead of a preset")
-    parser.add_argument("--samples", type=int, default=10_000, help="of --fid's precision and recall; published: 50000")
-    args, flags = parser.parse_known_args(arguments)
+    args, flags = build_parser().parse_known_args(arguments)
     if args.grow:
-        return bench_growth([word for word in arguments if word != "--grow"])
-    config, _ = parse_config(["--preset", args.preset, *flags])
-    processes = Processes.start()
-    device, few = processes.device, 16
-    if args.fid:
-        return bench_fid(device, args.samples)
-    batch, sit_batch = args.batch or config.batch_size, args.batch or config.sit_batch_size
-    changes = {"batch_size": batch, "sit_batch_size": sit_batch, "micro_batch": 0, "discriminator_start": 0, "workers": 0}
-    run = Run.open(replace(config, **changes), processes, dry=True, precision=args.precision, compile=args.compile)
-    peaks = [matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    config, peak, (float32, bf16) = run.config, peaks[run.bf16], (f"{value / 1e9:.0f}" for value in peaks)
-    print(f"{device.type}, {torch.get_num_threads()} threads, matmul peak {float32} GFLOP/s in float32, {bf16} in bf16")
-    print(f"{args.preset} {' '.join(flags):35} {'images/s':>12} {'ms':>10} {'GFLOP/s':>10} {'of peak':>8} {'GB':>8}")
-
-    bench_loop(f"tokenizer {config.size} step, batch {batch}", run, "tokenizer", batch, peak)
-    bench_terms(run, batch, peak)
-    bench_loop(f"{config.generator} {config.sit} step, batch {sit_batch}", run, "sit", sit_batch, peak)
-    tokenizer = build_tokenizer(vars(config)).to(device).eval()
-    sit = GENERATORS[config.generator](tokenizer.tokens, config.channels, 10, config.sit, tokenizer.has_grid).to(device)
-
-    @torch.no_grad()
-    def sampling():
-        noise = seeded_noise(0, list(range(few)), (tokenizer.tokens, config.channels), device)
-        tokenizer.decode(sample(sit, noise, torch.arange(few, device=device) % 10, 10, "sde", 10, 2.0).float())
-
-    report(f"sampling, 10 SDE steps, batch {few}", sampling, few, device, peak)
-
-    def load(dataset):
-        loaded = iter(loader(dataset, batches(range(len(dataset)), 32, 0, 0, [slice(0, 32)]), 0))
-        return lambda: next(loaded)
-
-    report("loading shapes", load(run.data), 32, device, peak)
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            Image.fromarray(run.data[i][0].permute(1, 2, 0).numpy()).resize((500, 400)).save(f"{folder}/{i}.jpg")
-        report(f"loading 500 x 400 JPEG at {config.image_size} px", load(ImageFolder(folder, config.image_size)), 32, device, peak)
-    if not flags:
-        bench_inception(device, peak)
+        bench_growth([word for word in arguments if word != "--grow"])
+    elif args.fid:
+        device = Distributed.start().device
+        bench_fid(Bench(device, 1.0), args.samples)
+    else:
+        bench_preset(args, flags)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

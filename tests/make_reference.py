@@ -1,10 +1,12 @@
-"""Make tests/reference.npz and tests/reference_fid.npz from the public-implementation outputs in a folder of golden files.
+"""Make tests/reference.npz and tests/reference_fid.npz from the public-implementation outputs in a
+folder of golden files.
 
     python tests/make_reference.py GOLDEN_FOLDER    # kept outside the repository
 
-The golden files hold outputs of DINO and DINOv2 (facebookresearch), timm, LPIPS, MAETok (its SiT, HOG, masked training), DeTok,
-LightningDiT, REPA's samplers, scikit-image, pytorch-fid, torch-fidelity and ADM's evaluator on deterministic weights
-(tests/reference.py, `fill`). Only small parts are kept: one image per case, a stride over patch tokens.
+The golden files hold outputs of DINO and DINOv2 (facebookresearch), timm, LPIPS, MAETok (its SiT,
+HOG, masked training), DeTok, LightningDiT, REPA's samplers, scikit-image, pytorch-fid,
+torch-fidelity and ADM's evaluator on deterministic weights (tests/reference.py, `fill`). Only small
+parts are kept: one image per case, a stride over patch tokens.
 """
 
 import io
@@ -54,17 +56,30 @@ def fid_arrays(golden: Path) -> dict[str, np.ndarray]:
 def sibling_arrays(golden: Path) -> dict[str, np.ndarray]:
     """Of MAETok, l-DeTok and LightningDiT; the large image as a PNG file."""
     kept = {
-        "lightningdit2d_small": "x t y norm_probe after_block0 out rope_cos rope_sin pos_embed_init norm_probe_out",
+        "lightningdit2d_small": "x t y norm_probe after_block0 out rope_cos rope_sin "
+        "pos_embed_init norm_probe_out",
         "lightningdit1d_small": "x t y norm_probe after_block0 out norm_probe_out",
-        "lightningdit_loss": "x1 x0 t_normal model_output t x_t v_target mse_loss cos_loss total_loss",
+        "lightningdit_loss": "x1 x0 t_normal model_output t x_t v_target mse_loss cos_loss "
+        "total_loss",
         "maetok_hog": "images_128 hog_128 noise_seed",
-        "maetok_masked_small": "mask hog_pred_every7th hog_target_every7th hog_loss hog_loss_alltokens",
-        "detok_small": "mask_ratio mask_scores posterior_noise tau latent_noise gamma train_moments train_latents"
-        " train_kl_per_sample",
+        "maetok_masked_small": "mask hog_pred_every7th hog_target_every7th hog_loss "
+        "hog_loss_alltokens",
+        "detok_small": "mask_ratio mask_scores posterior_noise tau latent_noise gamma "
+        "train_moments train_latents train_kl_per_sample",
     }
-    out = {f"{name}/{key}": np.load(golden / f"{name}.npz")[key] for name, keys in kept.items() for key in keys.split()}
-    sampler = np.load(golden / "lightningdit_sampler.npz")  # unguided: hustvl guides three channels only
-    out |= {f"lightningdit_sampler/{key}": value for key, value in sampler.items() if "float32" not in key and "cfg4" not in key}
+    out = {
+        f"{name}/{key}": np.load(golden / f"{name}.npz")[key]
+        for name, keys in kept.items()
+        for key in keys.split()
+    }
+    sampler = np.load(
+        golden / "lightningdit_sampler.npz"
+    )  # unguided: hustvl guides three channels only
+    out |= {
+        f"lightningdit_sampler/{key}": value
+        for key, value in sampler.items()
+        if "float32" not in key and "cfg4" not in key
+    }
     hog = np.load(golden / "maetok_hog.npz")
     out["maetok_hog/images_256"] = png(hog["images_256"][0])
     out["maetok_hog/hog_256_every7th"] = hog["hog_256"][:, ::7]
@@ -73,7 +88,12 @@ def sibling_arrays(golden: Path) -> dict[str, np.ndarray]:
 
 def main(golden: Path) -> None:
     out = sibling_arrays(golden)
-    for name in ("dinov2_vits14", "dinov2_vits14_nonsquare", "dinov2_vits14_reg4_nonsquare", "dinov2_vits14_patch16"):
+    for name in (
+        "dinov2_vits14",
+        "dinov2_vits14_nonsquare",
+        "dinov2_vits14_reg4_nonsquare",
+        "dinov2_vits14_patch16",
+    ):
         arrays = np.load(golden / f"{name}.npz")
         out[f"{name}/image"] = first_image(arrays["x"])
         out[f"{name}/cls"] = arrays["x_norm_clstoken"][:1]
@@ -96,16 +116,22 @@ def main(golden: Path) -> None:
     for name in ("sit1d_small", "sit_loss"):
         out |= {f"{name}/{key}": value for key, value in np.load(golden / f"{name}.npz").items()}
     sampler = np.load(golden / "sampler.npz")
-    out |= {f"sampler/{key}": value for key, value in sampler.items() if not key.endswith("float32")}
+    out |= {
+        f"sampler/{key}": value for key, value in sampler.items() if not key.endswith("float32")
+    }
     out["sampler/cases"] = np.array((golden / "sampler_cases.json").read_text())
     quality = np.load(golden / "psnr_ssim.npz")
-    out |= {f"psnr_ssim/{key}": quality[key][:2] for key in ("a", "b", "psnr_u8", "ssim_gauss_u8", "ssim_uniform7_u8")}
+    out |= {
+        f"psnr_ssim/{key}": quality[key][:2]
+        for key in ("a", "b", "psnr_u8", "ssim_gauss_u8", "ssim_uniform7_u8")
+    }
     fid = np.load(golden / "metrics_fid.npz")
     keys = ("mu_a", "sigma_a", "mu_b", "sigma_b", "small_a", "small_b")
     keys += ("fid_float64_eigh", "fid_small_float64_eigh", "fid_pytorchfid", "fid_small_pytorchfid")
     out |= {f"metrics_fid/{key}": fid[key] for key in keys}
-    contracts = "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain vgg16-397923af lpips_v0.1_vgg"
-    contracts += " sit1d_small maetok_sit-xl-1_c32_l128 lightningdit2d_small lightningdit1d_small lightningdit_xl-1_c32_16x16"
+    contracts = "dinov2_vits14_pretrain dinov2_vits14_reg4_pretrain dino_deitsmall16_pretrain"
+    contracts += " vgg16-397923af lpips_v0.1_vgg sit1d_small maetok_sit-xl-1_c32_l128"
+    contracts += " lightningdit2d_small lightningdit1d_small lightningdit_xl-1_c32_16x16"
     for name in contracts.split():
         contract = json.loads((golden / "contracts" / f"{name}.json").read_text())
         out[f"contract/{name}"] = np.array(json.dumps(contract))

@@ -1,4 +1,7 @@
-"""What the tests share: reference arrays of public implementations, deterministic weights, tiny data, the command lines."""
+"""What the tests share.
+
+Reference arrays of public implementations, deterministic weights, tiny data, the command lines.
+"""
 
 import importlib
 import io
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +38,10 @@ def contract(name: str) -> dict[str, list[int]]:
 
 
 def fill(key: str, shape: list[int]) -> torch.Tensor:
-    """The weights that the reference outputs were computed with: normal numbers seeded by the key's CRC-32, scaled by kind."""
+    """The weights that the reference outputs were computed with.
+
+    They are normal numbers, seeded by the CRC-32 of the key and scaled by kind.
+    """
     normal = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
     last = key.rsplit(".", 1)[-1]
     if last == "num_batches_tracked":
@@ -56,20 +63,27 @@ def filled(name: str) -> dict[str, torch.Tensor]:
 
 
 def official_folder(root: Path, *files: str) -> Path:
-    """A folder of files of the official formats and names, with deterministic contents: those of their contracts."""
+    """A folder of files of the official formats and names, with deterministic contents."""
     root.mkdir(exist_ok=True)
     for file in files:
         shapes = contract(file)
         state = {key: fill(key, shape) for key, shape in shapes.items() if "classifier" not in key}
         if file.startswith("lpips"):
             state = {key: value.abs() for key, value in state.items()}
-        state |= {key: torch.zeros(1).expand(shape) for key, shape in shapes.items() if "classifier" in key}  # small on disk
+        state |= {
+            key: torch.zeros(1).expand(shape)
+            for key, shape in shapes.items()
+            if "classifier" in key
+        }  # small on disk
         torch.save(state, root / f"{file}.pth")
     return root
 
 
 def low_rank_features(arguments: np.ndarray) -> torch.Tensor:
-    """The (n, d) features that a reference value was computed from: 0.4 + 0.2 (scale Z W / sqrt(rank) + 0.5 E) + shift M."""
+    """The (n, d) features that a reference value was computed from.
+
+    0.4 + 0.2 (scale Z W / sqrt(rank) + 0.5 E) + shift M, with Z, W, E and M normal.
+    """
     seed_basis, seed_rows, n, d, rank = (int(x) for x in arguments[:5])
     scale, shift = arguments[5:]
     basis, rows = np.random.default_rng(seed_basis), np.random.default_rng(seed_rows)
@@ -79,7 +93,7 @@ def low_rank_features(arguments: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(features.astype(np.float32))
 
 
-def imagenet_normalised(name: str) -> torch.Tensor:
+def imagenet_normalized(name: str) -> torch.Tensor:
     """The stored image of a DINOv2 case as the network's input (1, 3, H, W)."""
     pixels = ARRAYS[name].astype(np.float64) / 255
     return torch.from_numpy((pixels - MEAN[:, None, None]) / STD[:, None, None]).float()[None]
@@ -93,67 +107,91 @@ def make_folder(root: Path, classes: int, per_class: int, size: int = 20) -> Pat
         for i in range(per_class):
             rng = np.random.default_rng((label, i))
             pixels = rng.integers(0, 256, (3, 3, 3)).astype(np.uint8)
-            Image.fromarray(pixels).resize((size, size + 2), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+            Image.fromarray(pixels).resize((size, size + 2), Image.Resampling.BICUBIC).save(
+                folder / f"{i}.png"
+            )
     return root
 
 
 # A run that takes seconds: 16-px images, N = 64, L = 4.
-TINY = "--preset toy --image_size 16 --tokens 4 --channels 4 --batch_size 8 --sit_batch_size 8 --eval_images 8 --sample_steps 4"
-TINY_STEPS = "--tokenizer_steps 20 --decoder_steps 20 --sit_steps 20 --log_every 10 --save_every 10"
-
+TINY = (
+    "--preset toy --image_size 16 --tokens 4 --channels 4 --batch_size 8 --generator_batch_size 8 "
+    "--eval_images 8 --sampling_steps 4"
+)
+TINY_STEPS = (
+    "--tokenizer_steps 20 --decoder_steps 20 --generator_steps 20 --log_every 10 --save_every 10"
+)
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(script: str, *words: str, processes: int = 1) -> list[str]:
     """argv of a script of the project, under torchrun when processes > 1."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / script), *(word for text in words for word in str(text).split())]
+    argv = [sys.executable]
+    if processes > 1:
+        argv += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*argv, str(ROOT / script), *(word for text in words for word in str(text).split())]
 
 
 def shell(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a script of the project to its end, on one thread per process."""
-    return subprocess.run(command(script, *words, processes=processes), capture_output=True, text=True, env=ENV)
+    argv = command(script, *words, processes=processes)
+    return subprocess.run(argv, capture_output=True, text=True, env=ENV)
 
 
 def call(script: str, *words: str) -> subprocess.CompletedProcess:
     """The same in this process, which saves the start of another."""
-    from plumbing.run import command_line
+    from utils.console import run_main
 
-    argv, main = command(script, *words)[1:], importlib.import_module(Path(script).stem).main
-    texts = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in "oe"]
-    with redirect_stdout(texts[0]), redirect_stderr(texts[1]), mock.patch.object(sys, "argv", argv):
+    argv = command(script, *words)[1:]
+    main = importlib.import_module(Path(script).stem).main
+    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    code = 0
+    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", argv):
         try:
-            command_line(main)
-            code = 0
+            run_main(main)
         except SystemExit as stop:
             code = stop.code
-    return subprocess.CompletedProcess(argv, code, *(text.buffer.getvalue().decode() for text in texts))
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(argv, code, *texts)
 
 
 def succeed(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    done = shell(script, *words, processes=processes) if processes > 1 else call(script, *words)
+    """Run a script that must not fail."""
+    run = call if processes == 1 else partial(shell, processes=processes)
+    done = run(script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
+def refuse(script: str, *words: str) -> str:
+    """Run a script that must end with exit code 2 and one sentence -> that sentence."""
+    done = call(script, *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    *warnings, error = done.stderr.splitlines()
+    assert error.startswith("error: ") and all(line.startswith("warning: ") for line in warnings)
+    return error
+
+
+# Losses of different process counts agree up to this.
 PROCESS_COUNT_TOLERANCE = 1e-5
 
 
-def log_lines(out, stage):
+def log_lines(out: Path, stage: str) -> list[dict]:
     """The lines of a stage by step; of a resumed run the last one of a step counts."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return list({line["step"]: line for line in lines if line["stage"] == stage and "loss" in line}.values())
+    lines = [line for line in lines if line["stage"] == stage and "loss" in line]
+    return list({line["step"]: line for line in lines}.values())
 
 
-def same_weights(a, b, tolerance=0.0):
-    """Compare the tensors of two checkpoints, optimizer and moving average included."""
+def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    """Compare the tensors of two checkpoints, optimizer and averages included."""
 
     def compare(x, y):
         assert type(x) is type(y)
         if isinstance(x, dict):
             assert x.keys() == y.keys()
-            [compare(x[key], y[key]) for key in x if key != "config"]
+            [compare(x[key], y[key]) for key in x if key not in ("config", "identity")]
         elif isinstance(x, list | tuple):
             assert len(x) == len(y)
             [compare(a, b) for a, b in zip(x, y)]
@@ -162,37 +200,52 @@ def same_weights(a, b, tolerance=0.0):
         else:
             assert x == y
 
-    from plumbing.run import load_checkpoint
-
-    compare(load_checkpoint(a), load_checkpoint(b))
+    compare(torch.load(a, weights_only=True), torch.load(b, weights_only=True))
 
 
-def close_weights(ours, theirs):
-    """Equal to PROCESS_COUNT_TOLERANCE. Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up."""
+def close_weights(ours: dict, theirs: dict) -> None:
+    """Compare two state dicts up to PROCESS_COUNT_TOLERANCE.
+
+    Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up.
+    """
     for key, value in theirs.items():
-        if key == "weight" and value.ndim == 0:  # of the adversary: a ratio of gradients through VGG's max pools
+        if key.endswith("adaptive_weight.value"):  # a ratio of gradients through VGG's max pools
             torch.testing.assert_close(ours[key], value, atol=0, rtol=1e-2)
             continue
         acting = torch.ones(len(value), dtype=torch.bool) if value.ndim else ...
         if key.endswith("attn.qkv.bias"):
             acting.view(3, -1)[1] = False
-        torch.testing.assert_close(ours[key][acting], value[acting], atol=PROCESS_COUNT_TOLERANCE, rtol=0)
+        expected = value[acting]
+        torch.testing.assert_close(
+            ours[key][acting], expected, atol=PROCESS_COUNT_TOLERANCE, rtol=0
+        )
 
 
+# A training script that is killed after it has saved step 10 of a stage, or in the stage latents.
 KILL_AFTER_SAVE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-stage, save, batch = {stage!r}, train.State.save, train.to_float
-def save_then_die(self):
-    save(self)
-    if self.stage == stage and self.step == 10:
+stage, save, to_float = {stage!r}, train.save, train.to_float
+seen = []
+
+def save_then_die(checkpoint, step, dist):
+    save(checkpoint, step, dist)
+    if checkpoint.metadata["stage"] == stage and step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-def die_in_latents(run):
-    train.to_float = lambda images: os.kill(os.getpid(), signal.SIGKILL) if seen else seen.append(1) or batch(images)
-    return cache_latents(run)
-seen, cache_latents, train.State.save = [], train.cache_latents, save_then_die
+
+def cache_latents_and_die(*arguments):
+    train.to_float = die_in_the_second_batch
+    return cache_latents(*arguments)
+
+def die_in_the_second_batch(images):
+    if seen:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(1)
+    return to_float(images)
+
+train.save, cache_latents = save_then_die, train.cache_latents
 if stage == "latents":
-    train.cache_latents = die_in_latents
+    train.cache_latents = cache_latents_and_die
 train.main(sys.argv[1:])
 """

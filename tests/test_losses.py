@@ -6,274 +6,423 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import array, contract, fill, filled
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import losses
-from align import DINO
-from losses import DRAWS, LPIPS, Adversary, Balance, Discriminator, NormedConv, consistency_loss, diff_augment, hinge_loss
-from losses import lecam_loss
-from train import backward, total
+from align import DINOFeatures
+from losses import (
+    LPIPS,
+    NUM_AUG_PARAMS,
+    AdaptiveWeight,
+    Discriminator,
+    GANLoss,
+    SpectralNormConv2d,
+    consistency_loss,
+    diff_augment,
+    hinge_loss,
+    lecam_loss,
+    pull_back,
+)
+from train import weighted_sum
+
+# --------------------------------------------------------------------------------------------------
+# LPIPS.
 
 
 @pytest.fixture(scope="module")
 def lpips():
     model = LPIPS()
-    convolutions = {key: shape for key, shape in contract("vgg16-397923af").items() if key.startswith("features.")}
-    model.vgg.load_state_dict({key: fill(key, shape) for key, shape in convolutions.items()})
-    model.linear.load_state_dict({key: value.abs() for key, value in filled("lpips_v0.1_vgg").items()})
+    vgg_shapes = contract("vgg16-397923af")
+    vgg = {
+        key: fill(key, shape) for key, shape in vgg_shapes.items() if key.startswith("features.")
+    }
+    linear = {key: value.abs() for key, value in filled("lpips_v0.1_vgg").items()}
+    model.vgg.load_state_dict(vgg)
+    model.linear.load_state_dict(linear)
     return model.requires_grad_(False)
 
 
-def pair():
-    return (array(f"lpips_vgg/{name}").permute(0, 3, 1, 2) / 127.5 - 1 for name in "ab")
+def image_pair() -> list[Tensor]:
+    return [array(f"lpips_vgg/{name}").permute(0, 3, 1, 2) / 127.5 - 1 for name in "ab"]
 
 
 def test_lpips_equals_the_official_one_in_float32_and_nearly_in_bf16(lpips):
-    a, b = pair()
-    torch.testing.assert_close(lpips(a, b), array("lpips_vgg/layers").sum(1), rtol=1e-4, atol=0)
-    for i, expected in enumerate(array("lpips_vgg/layers").T):
-        alone = deepcopy(lpips)
-        [part.zero_() for name, part in alone.linear.named_parameters() if not name.startswith(f"lin{i}.")]
-        torch.testing.assert_close(alone(a, b), expected, rtol=1e-4, atol=0)
+    a, b = image_pair()
+    layers = array("lpips_vgg/layers")
+    torch.testing.assert_close(lpips(a, b), layers.sum(1), rtol=1e-4, atol=0)
+    for i, expected in enumerate(layers.T):
+        one_layer = deepcopy(lpips)
+        for name, parameter in one_layer.linear.named_parameters():
+            if not name.startswith(f"lin{i}."):
+                parameter.zero_()
+        torch.testing.assert_close(one_layer(a, b), expected, rtol=1e-4, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         rough = lpips(a, b)
     assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, array("lpips_vgg/layers").sum(1), rtol=0.02, atol=0)
+    torch.testing.assert_close(rough, layers.sum(1), rtol=0.02, atol=0)
 
 
 def test_lpips_is_zero_for_equal_images_and_its_gradient_leads_towards_the_target(lpips):
-    a, b = (x[:1] for x in pair())
+    a, b = (images[:1] for images in image_pair())
     assert lpips(a, a).item() == 0
     a.requires_grad_()
     before = lpips(a, b)
     (gradient,) = torch.autograd.grad(before.sum(), a)
-    assert lpips(a.detach() - 0.1 * gradient / gradient.abs().max(), b) < before
+    moved = a.detach() - 0.1 * gradient / gradient.abs().max()
+    assert lpips(moved, b) < before
+
+
+# --------------------------------------------------------------------------------------------------
+# Discriminator.
 
 
 @pytest.fixture(scope="module")
-def eye():
-    dino = DINO()
+def backbone():
+    dino = DINOFeatures()
     dino.vit.load_state_dict(filled("dino_deitsmall16_pretrain"))
     return dino.eval().requires_grad_(False)
 
 
-def test_discriminator_judges_each_patch_and_each_image_for_itself(eye):
+def test_discriminator_judges_each_patch_and_each_image_for_itself(backbone):
     torch.manual_seed(0)
     discriminator = Discriminator(384)
     images = torch.rand(3, 3, 32, 48) * 2 - 1
-    features = eye(images)
-    logits = discriminator(features)
-    assert logits.shape == (3, 4, 6)  # 4 levels, 2 x 3 patches
-    for i, (head, level) in enumerate(zip(discriminator.heads, features, strict=True)):
-        assert torch.equal(head(level), logits[:, i])
-        torch.testing.assert_close(head(3 * level + 1), head(level), atol=1e-5, rtol=0)  # the levels differ in scale
-    torch.testing.assert_close(discriminator(eye(images[1:2])), logits[1:2], atol=1e-5, rtol=0)
-    shown = (logits[0] - discriminator([torch.where(torch.arange(3) < 1, x.roll(1, 1), x) for x in features])[0]).abs()
-    assert (shown.view(4, 2, 3)[:, :, 2] < 1e-5).all() and (shown.view(4, 2, 3)[:, :, :2] > 1e-5).all()  # 3 x 3 places, row-major
+    feats = backbone(images)
+    logits = discriminator(feats)
+    assert logits.shape == (3, 4, 6)  # 4 layers, 2 x 3 patches
+    for i, (head, feat) in enumerate(zip(discriminator.heads, feats, strict=True)):
+        assert torch.equal(head(feat), logits[:, i])
+        # The layers differ in scale, which must not matter.
+        torch.testing.assert_close(head(3 * feat + 1), head(feat), atol=1e-5, rtol=0)
+    of_one_image = discriminator(backbone(images[1:2]))
+    torch.testing.assert_close(of_one_image, logits[1:2], atol=1e-5, rtol=0)
+
+    # A change in the first column reaches its neighbors (3 x 3 places, row by row), no further.
+    in_first_column = torch.arange(3) < 1
+    changed = [torch.where(in_first_column, feat.roll(1, 1), feat) for feat in feats]
+    difference = (logits[0] - discriminator(changed)[0]).abs().view(4, 2, 3)
+    assert (difference[:, :, 2] < 1e-5).all()
+    assert (difference[:, :, :2] > 1e-5).all()
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert discriminator(features).dtype == torch.float32 and torch.equal(discriminator(features), logits)
-    assert sum(p.numel() for p in discriminator.parameters()) < 1e6  # DINO is not among them
+        in_autocast = discriminator(feats)
+    assert in_autocast.dtype == torch.float32
+    assert torch.equal(in_autocast, logits)
+    # DINO is not among its parameters.
+    assert sum(parameter.numel() for parameter in discriminator.parameters()) < 1e6
 
 
-def test_spectral_norms_are_the_common_ones_and_only_refine_moves_them_to_the_largest_singular_value():
+def test_spectral_norm_equals_torchs():
     torch.manual_seed(0)
-    ours, theirs, x = NormedConv(6, 5, 3), spectral_norm(nn.Conv2d(6, 5, 3, padding=1)).eval(), torch.randn(2, 6, 4, 4)
+    ours = SpectralNormConv2d(6, 5, 3)
+    theirs = spectral_norm(nn.Conv2d(6, 5, 3, padding=1)).eval()
+    x = torch.randn(2, 6, 4, 4)
     with torch.no_grad():
         ours.weight.mul_(3)
         theirs.bias.copy_(ours.bias)
-        theirs.parametrizations.weight.original.copy_(ours.weight)
-        theirs.parametrizations.weight[0]._u.copy_(ours.u)
-        theirs.parametrizations.weight[0]._v.copy_(F.normalize(ours.u @ ours.weight.flatten(1), dim=0))
+        weight = theirs.parametrizations.weight
+        weight.original.copy_(ours.weight)
+        weight[0]._u.copy_(ours.u)
+        weight[0]._v.copy_(F.normalize(ours.u @ ours.weight.flatten(1), dim=0))
     torch.testing.assert_close(ours(x), theirs(x))
     ours(x).square().sum().backward()
     theirs(x).square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original.grad)
+    torch.testing.assert_close(ours.weight.grad, weight.original.grad)
 
-    adversary = Adversary(384).train()
+
+def test_only_updates_move_spectral_norms_and_to_the_largest_singular_value():
+    torch.manual_seed(0)
+    gan = GANLoss(384).train()
     with torch.no_grad():
-        adversary.discriminator.heads[0].reduce.weight.mul_(3)
-    before = {key: value.clone() for key, value in adversary.state_dict().items()}
-    adversary.discriminator([torch.zeros(1, 384, 1, 1)] * 4)
-    assert all(torch.equal(value, before[key]) for key, value in adversary.state_dict().items())
+        gan.discriminator.heads[0].conv_in.weight.mul_(3)
+    before = {key: value.clone() for key, value in gan.state_dict().items()}
+    gan.discriminator([torch.zeros(1, 384, 1, 1)] * 4)
+    for key, value in gan.state_dict().items():
+        assert torch.equal(value, before[key])
     for _ in range(50):
-        adversary.measured["logits"] += torch.zeros(2)
-        adversary.end_step(lambda sums: sums)
-    for head in adversary.discriminator.heads:
-        for layer in (head.reduce, head.mix, head.judge):
-            largest = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
-            assert ((layer.u @ layer.weight.flatten(1)).norm() / largest).item() == pytest.approx(1, abs=0.03)
+        gan.logit_sums = torch.zeros(2)
+        gan.update(lambda sums: sums)
+    for head in gan.discriminator.heads:
+        for conv in (head.conv_in, head.conv_mid, head.conv_out):
+            matrix = conv.weight.flatten(1)
+            largest = torch.linalg.matrix_norm(matrix, 2)
+            assert ((conv.u @ matrix).norm() / largest).item() == pytest.approx(1, abs=0.03)
 
 
 def test_hinge_consistency_and_lecam_by_hand(monkeypatch):
-    assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == pytest.approx((0.5 + 1.0) / 2)
-    weak, strong = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]]), torch.tensor([[[3.0, 1.0], [1.0, 1.0]]])
-    assert consistency_loss(weak, strong).item() == 0.5  # level means 2, 2 and 0, 1
-    real, fake, adversary = torch.tensor([1.0, -1.0]), torch.tensor([0.5]), Adversary(8)
-    assert lecam_loss(real, fake, adversary.averages).item() == 0.5  # averages 0: (1 + 0) / 2 + 0
+    hinge = hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0]))
+    assert hinge.item() == pytest.approx((0.5 + 1.0) / 2)
+    weak = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])
+    strong = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]])
+    assert consistency_loss(weak, strong).item() == 0.5  # means over places: 2, 2 and 0, 1
+
+    real = torch.tensor([1.0, -1.0])
+    fake = torch.tensor([0.5])
+    gan = GANLoss(8)
+    assert lecam_loss(real, fake, gan.ema_logits).item() == 0.5  # averages 0: (1 + 0) / 2 + 0
     assert losses.LECAM_DECAY == 0.999
     monkeypatch.setattr(losses, "LECAM_DECAY", 0.5)
-    for means, expected in (((2.0, -1.0), (1.0, -0.5)), ((3.0, 0.5), (2.0, 0.0)), ((2.0, -4.0), (2.0, -2.0))):
-        adversary.measured["logits"] += torch.tensor(means)
-        adversary.end_step(lambda sums: sums)
-        assert adversary.averages.tolist() == list(expected)
-    assert lecam_loss(real, fake, adversary.averages).item() == (9 + 1) / 2 + 1.5**2
+    steps = [
+        ((2.0, -1.0), [1.0, -0.5]),
+        ((3.0, 0.5), [2.0, 0.0]),
+        ((2.0, -4.0), [2.0, -2.0]),
+    ]
+    for mean_logits, expected in steps:
+        gan.logit_sums = torch.tensor(mean_logits)
+        gan.update(lambda sums: sums)
+        assert gan.ema_logits.tolist() == expected
+    assert lecam_loss(real, fake, gan.ema_logits).item() == (9 + 1) / 2 + 1.5**2
 
 
-def test_diff_augment_is_a_differentiable_function_of_its_draws():
+# --------------------------------------------------------------------------------------------------
+# DiffAugment.
+
+
+def test_diff_augment_is_a_differentiable_function_of_its_random_numbers():
     generator = torch.Generator().manual_seed(0)
-    images = (torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64) - 0.5).requires_grad_()
-    u = torch.rand(2, DRAWS, generator=generator)
+    images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64) - 0.5
+    images.requires_grad_()
+    rand = torch.rand(2, NUM_AUG_PARAMS, generator=generator)
     for strong in (False, True):
-        assert torch.autograd.gradcheck(lambda x, strong=strong: diff_augment(x, u, strong), images)
-        assert torch.equal(diff_augment(images, u, strong), diff_augment(images, u, strong))
-        torch.testing.assert_close(diff_augment(images[1:], u[1:], strong), diff_augment(images, u, strong)[1:])
+        assert torch.autograd.gradcheck(lambda x, s=strong: diff_augment(x, rand, s), images)
+        views = diff_augment(images, rand, strong)
+        assert torch.equal(views, diff_augment(images, rand, strong))
+        second = diff_augment(images[1:], rand[1:], strong)
+        torch.testing.assert_close(second, views[1:])
 
 
-def test_augmented_views_differ_between_images_and_do_what_they_say():
-    image, u = torch.rand(1, 3, 32, 32) - 0.5, torch.rand(6, DRAWS, generator=torch.Generator().manual_seed(1))
+def test_augmented_views_differ_between_images():
+    image = torch.rand(1, 3, 32, 32) - 0.5
+    rand = torch.rand(6, NUM_AUG_PARAMS, generator=torch.Generator().manual_seed(1))
     for strong in (False, True):
-        views = diff_augment(image.expand(6, -1, -1, -1), u, strong)
-        assert all(not torch.equal(views[i], views[j]) for i in range(6) for j in range(i))
-    still = torch.full((1, DRAWS), 0.5)
-    torch.testing.assert_close(diff_augment(image, still, False), image)
-    moved = diff_augment(image, torch.tensor([[0.5, 0.5, 0.5, 0.999, 0.0, 0.5, 0.5]]), False)  # 4 down, 4 left
+        views = diff_augment(image.expand(6, -1, -1, -1), rand, strong)
+        for i in range(6):
+            for j in range(i):
+                assert not torch.equal(views[i], views[j])
+
+
+def test_augmentations_do_what_they_say():
+    image = torch.rand(1, 3, 32, 32) - 0.5
+
+    def augment(strong: bool, **changes: float) -> Tensor:
+        """With 0.5 as the random numbers that are not given."""
+        names = ("brightness", "saturation", "contrast", "down", "right", "row", "column")
+        values = dict.fromkeys(names, 0.5) | changes
+        assert len(values) == NUM_AUG_PARAMS
+        return diff_augment(image, torch.tensor([list(values.values())]), strong)
+
+    torch.testing.assert_close(augment(strong=False), image)
+    moved = augment(strong=False, down=0.999, right=0.0)  # 4 down, 4 left
     torch.testing.assert_close(moved[:, :, 4:, :-4], image[:, :, :-4, 4:])
-    assert (moved[:, :, :4] == 0).all() and (moved[:, :, :, -4:] == 0).all()
-    cut = diff_augment(image, still, True)
+    assert (moved[:, :, :4] == 0).all()
+    assert (moved[:, :, :, -4:] == 0).all()
+    cut = augment(strong=True)
     assert (cut[:, :, 8:24, 8:24] == 0).all()
-    torch.testing.assert_close(cut[:, :, :8], image[:, :, :8])  # the middle of each colour range changes nothing
-    bright = diff_augment(image, torch.tensor([[0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]]), True)
+
+    # The first 8 rows are not cut out. The middle of each color range changes nothing there.
+    torch.testing.assert_close(cut[:, :, :8], image[:, :, :8])
+    bright = augment(strong=True, brightness=0.9)
     torch.testing.assert_close(bright[:, :, :8], image[:, :, :8] + 0.4)
-    grey = image.mean(1, keepdim=True)
-    vivid = diff_augment(image, torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5]]), True)
-    torch.testing.assert_close(vivid[:, :, :8], (grey + 1.8 * (image - grey))[:, :, :8])
-    hard = diff_augment(image, torch.tensor([[0.5, 0.5, 0.9, 0.5, 0.5, 0.5, 0.5]]), True)
-    torch.testing.assert_close(hard[:, :, :8], (image.mean() + 1.4 * (image - image.mean()))[:, :, :8])
+    gray = image.mean(1, keepdim=True)
+    vivid = augment(strong=True, saturation=0.9)
+    torch.testing.assert_close(vivid[:, :, :8], (gray + 1.8 * (image - gray))[:, :, :8])
+    hard = augment(strong=True, contrast=0.9)
+    expected = image.mean() + 1.4 * (image - image.mean())
+    torch.testing.assert_close(hard[:, :, :8], expected[:, :, :8])
+
+
+# --------------------------------------------------------------------------------------------------
+# The adaptive weight, and all losses of a training step together.
 
 
 def test_adaptive_weight_on_two_layers_by_hand():
-    """h = 2 x, y = w h with x = 3, w = 1; d(y^2)/dw = 2 y h = 72, d(-y/4)/dw = -h/4 = -1.5: the ratio is 48."""
-    h, w = 2 * torch.tensor(3.0), torch.tensor(1.0, requires_grad=True)
+    """h = 2 x and y = w h, with x = 3 and w = 1.
+
+    d(y^2)/dw = 2 y h = 72 and d(-y/4)/dw = -h/4 = -1.5, so the ratio is 48.
+    """
+    h = 2 * torch.tensor(3.0)
+    w = torch.tensor(1.0, requires_grad=True)
     y = w * h
-    for others, mine, ratio in ((y.square(), -y / 4, 48), (10 * y.square(), -y / 4, 100), (y.square(), 0 * y, 0)):
-        balance = Balance()
-        assert balance.weigh(w, (others, None), (mine, None)) == 0
-        balance.end_step(lambda sums: sums)
-        assert balance.weigh(w, (others, None), (mine, None)).item() == pytest.approx(ratio, rel=1e-5)  # 100 at most
+    cases = (
+        (y.square(), -y / 4, 48),
+        (10 * y.square(), -y / 4, 100),  # the ratio is 480, and 100 the largest weight
+        (y.square(), 0 * y, 0),  # no gradient, so that the weight stays as it is
+    )
+    for rec_loss, other_loss, ratio in cases:
+        adaptive_weight = AdaptiveWeight()
+        adaptive_weight.observe(rec_loss, other_loss, w)
+        assert adaptive_weight.value == 0  # it takes effect in the next step
+        adaptive_weight.update(lambda sums: sums)
+        assert adaptive_weight.value.item() == pytest.approx(ratio, rel=1e-5)
 
 
 class Painter(nn.Module):
-    """A two-layer "decoder" of 16-px images."""
+    """A "decoder" of two layers, which paints two images of 16 x 16 pixels."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.code = nn.Parameter(torch.randn(2, 4))
-        self.last = nn.Linear(4, 3 * 16 * 16)
+        self.last_layer = nn.Linear(4, 3 * 16 * 16)
 
-    def forward(self):
-        return self.last(self.code).unflatten(1, (3, 16, 16))
-
-
-WEIGHTS = {"mse": 1.0, "perceptual": 2.0, "adversarial": 0.2, "rest": 0.5}
+    def forward(self) -> Tensor:
+        return self.last_layer(self.code).unflatten(1, (3, 16, 16))
 
 
-def draws(seed=0):
-    """Images and what they are augmented with."""
+WEIGHTS = {"mse": 1.0, "perceptual": 2.0, "adversarial": 0.2, "code": 0.5}
+
+
+def draw_data(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two images, and the random numbers that they are augmented with."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(2, 3, 16, 16, generator=generator) - 0.5, torch.rand(2, 4, DRAWS, generator=generator)
+    images = torch.rand(2, 3, 16, 16, generator=generator) - 0.5
+    return images, torch.rand(2, 4, NUM_AUG_PARAMS, generator=generator)
 
 
-def learn(painter, data, adversary=None, eye=None, lpips=None, fool=False, rows=slice(None), share=1.0):
-    """Eq. 7 as `train.train_on_images` differentiates it, on some rows; adds to the gradients -> terms."""
-    images, u = (part[rows] for part in data)
-    reconstruction = painter()[rows]
-    pixels = reconstruction.detach().requires_grad_()
-    terms = {"mse": F.mse_loss(pixels, images)} | ({"perceptual": lpips(pixels, images).mean()} if lpips else {})
-    (slope,) = torch.autograd.grad(total(terms, WEIGHTS), pixels)
-    judgement, logs = None, {}
-    if adversary:
-        judgement, fooled, logs = adversary(eye, pixels, images, u, fool)
-    if fool:
-        (against,) = torch.autograd.grad(fooled, pixels)
-        weight = adversary.weigh(painter.last.weight, (reconstruction, slope), (reconstruction, against))
-        slope = slope + WEIGHTS["adversarial"] * weight * against
-    rest = total({"rest": painter.code[rows].square().mean()}, WEIGHTS)
-    backward(reconstruction, slope, [rest, judgement], share)
-    return terms | logs
+def learn(
+    painter: Painter,
+    data: tuple[Tensor, Tensor],
+    gan: GANLoss | None = None,
+    backbone: nn.Module | None = None,
+    lpips: nn.Module | None = None,
+    use_gan: bool = False,
+    rows: slice = slice(None),
+    num_micro: int = 1,
+) -> dict[str, Tensor]:
+    """Add to the gradients those of eq. 7 on some rows -> the terms of eq. 7 and of the log.
 
+    It differentiates line by line as `train.train_tokenizer` does. The mean square of the code
+    stands for the losses on latents.
+    """
+    x, rand = (part[rows] for part in data)
+    recon = painter()[rows]
+    latent_terms = {"code": painter.code[rows].square().mean()}
 
-def gradients(module):
-    found = [p.grad for p in module.parameters()]
-    module.zero_grad()
-    return found
-
-
-def plain_loss(painter, data, adversary=None, eye=None, lpips=None):
-    """The same sum written out, for the painter."""
-    loss = (painter() - data[0]).square().mean() + 0.5 * painter.code.square().mean()
+    recon_leaf = recon.detach().requires_grad_()
+    pixel_terms = {"mse": F.mse_loss(recon_leaf, x)}
     if lpips:
-        loss = loss + 2 * lpips(painter(), data[0]).mean()
-    if adversary:
-        loss = loss - 0.2 * adversary.weight * adversary.discriminator(eye(diff_augment(painter(), data[1][:, 0], False))).mean()
-    return loss
+        pixel_terms["perceptual"] = lpips(recon_leaf, x).mean()
+    gan_terms = {}
+    if gan:
+        d_loss, g_loss, gan_terms = gan(backbone, recon_leaf, x, rand, with_g_loss=use_gan)
+
+    loss = pull_back(recon, recon_leaf, weighted_sum(pixel_terms, WEIGHTS))
+    if use_gan:
+        g_term = pull_back(recon, recon_leaf, g_loss)
+        gan.adaptive_weight.observe(loss, g_term, painter.last_layer.weight)
+        loss = loss + WEIGHTS["adversarial"] * gan.adaptive_weight.value * g_term
+    loss = loss + weighted_sum(latent_terms, WEIGHTS)
+    (loss / num_micro).backward()
+    if gan:
+        (d_loss / num_micro).backward()
+    return pixel_terms | gan_terms
 
 
-def same(found, expected):
-    torch.testing.assert_close(found, list(expected), atol=1e-6, rtol=1e-4)
+def take_gradients(module: nn.Module) -> list[Tensor | None]:
+    """The gradients of all parameters, which are then cleared."""
+    gradients = [parameter.grad for parameter in module.parameters()]
+    module.zero_grad()
+    return gradients
 
 
-def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs(eye):
-    painter, adversary, data = Painter(), Adversary(384), draws()
-    without = torch.autograd.grad(plain_loss(painter, data), list(painter.parameters()))
+def expected_gradients(
+    painter: Painter,
+    data: tuple[Tensor, Tensor],
+    gan: GANLoss | None = None,
+    backbone: nn.Module | None = None,
+    lpips: nn.Module | None = None,
+) -> list[Tensor]:
+    """The painter's gradients of the same sum written out."""
+    images, rand = data
+    loss = (painter() - images).square().mean() + 0.5 * painter.code.square().mean()
+    if lpips:
+        loss = loss + 2 * lpips(painter(), images).mean()
+    if gan:
+        feats = backbone(diff_augment(painter(), rand[:, 0], False))
+        loss = loss - 0.2 * gan.adaptive_weight.value * gan.discriminator(feats).mean()
+    return list(torch.autograd.grad(loss, list(painter.parameters())))
+
+
+def assert_same_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_discriminators_gradient_reaches_the_decoder_with_the_weight_it_logs(backbone):
+    painter = Painter()
+    gan = GANLoss(384)
+    data = draw_data()
+    without_gan = expected_gradients(painter, data)
+
+    # The discriminator has not begun to train.
     learn(painter, data)
-    same(gradients(painter), without)
-    assert gradients(adversary) == [None] * len(list(adversary.parameters()))  # it has not begun
-    learn(painter, data, adversary, eye)
-    same(gradients(painter), without)  # it trains, and the decoder does not feel it
-    for name, p in adversary.named_parameters():
-        assert p.grad.abs().sum() > 1e-4 or "judge.bias" in name, name  # there the two sides cancel
-    trains = gradients(adversary)
-    adversary.weight.fill_(7.0)
-    terms = learn(painter, data, adversary, eye, fool=True)
-    felt = torch.autograd.grad(plain_loss(painter, data, adversary, eye), list(painter.parameters()))
-    assert terms["adaptive_weight"] == 7 and all(not torch.allclose(a, b, rtol=0.01) for a, b in zip(felt, without))
-    same(gradients(painter), felt)
-    same(gradients(adversary), trains)  # what fools it does not teach it
-    assert all(p.grad is None for p in eye.parameters())
+    assert_same_gradients(take_gradients(painter), without_gan)
+    assert take_gradients(gan) == [None] * len(list(gan.parameters()))
+
+    # It trains, and the decoder does not feel it.
+    learn(painter, data, gan, backbone)
+    assert_same_gradients(take_gradients(painter), without_gan)
+    for name, parameter in gan.named_parameters():
+        if "conv_out.bias" not in name:  # there the two sides cancel
+            assert parameter.grad.abs().sum() > 1e-4, name
+    gradients_of_gan = take_gradients(gan)
+
+    # The decoder feels it, and what fools the discriminator does not teach it.
+    gan.adaptive_weight.value.fill_(7.0)
+    terms = learn(painter, data, gan, backbone, use_gan=True)
+    with_gan = expected_gradients(painter, data, gan, backbone)
+    assert terms["adaptive_weight"] == 7
+    for a, b in zip(with_gan, without_gan, strict=True):
+        assert not torch.allclose(a, b, rtol=0.01)
+    assert_same_gradients(take_gradients(painter), with_gan)
+    assert_same_gradients(take_gradients(gan), gradients_of_gan)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_all_terms_together_have_the_gradient_of_their_sum_and_pieces_of_a_batch_add_up(eye, lpips):
-    painter, adversary, data = Painter(), Adversary(384), draws()
-    adversary.weight.fill_(3.0)
-    expected = torch.autograd.grad(plain_loss(painter, data, adversary, eye, lpips), list(painter.parameters()))
-    terms = learn(painter, data, adversary, eye, lpips, fool=True)
-    same(gradients(painter), expected)
-    assert terms["perceptual"] > 0 and torch.equal(terms["mse"], F.mse_loss(painter(), data[0]))
+def test_all_terms_have_the_gradient_of_their_sum_and_micro_batches_add_up(backbone, lpips):
+    painter = Painter()
+    gan = GANLoss(384)
+    data = draw_data()
+    gan.adaptive_weight.value.fill_(3.0)
+    expected = expected_gradients(painter, data, gan, backbone, lpips)
+    terms = learn(painter, data, gan, backbone, lpips, use_gan=True)
+    assert_same_gradients(take_gradients(painter), expected)
+    assert terms["perceptual"] > 0
+    assert torch.equal(terms["mse"], F.mse_loss(painter(), data[0]))
     for i in range(2):
-        learn(painter, data, adversary, eye, lpips, True, slice(i, i + 1), share=0.5)
-    same(gradients(painter), expected)
+        rows = slice(i, i + 1)
+        learn(painter, data, gan, backbone, lpips, use_gan=True, rows=rows, num_micro=2)
+    assert_same_gradients(take_gradients(painter), expected)
 
 
-def test_the_discriminators_loss_and_its_gradient_by_hand(eye):
+def test_the_discriminators_loss_and_its_gradient_by_hand(backbone):
     torch.manual_seed(0)
-    adversary, (images, u) = Adversary(384), draws()
-    adversary.averages.copy_(torch.tensor([0.3, -0.2]))
-    pixels = (torch.rand(2, 3, 16, 16) - 0.5).requires_grad_()
-    loss, fooled, logs = adversary(eye, pixels, images, u, False)
-    assert fooled.item() == 0 and not fooled.requires_grad
-    *found, at_pixels = torch.autograd.grad(loss, [*adversary.parameters(), pixels], allow_unused=True)
-    assert at_pixels is None
-    seen = ((pixels, 0, False), (images, 1, False), (pixels, 2, True), (images, 3, True))
-    views = (adversary.discriminator(eye(diff_augment(x.detach(), u[:, i], strong))) for x, i, strong in seen)
-    fake, real, other_fake, other_real = views
+    gan = GANLoss(384)
+    images, rand = draw_data()
+    gan.ema_logits.copy_(torch.tensor([0.3, -0.2]))
+    recon = (torch.rand(2, 3, 16, 16) - 0.5).requires_grad_()
+    parameters = list(gan.parameters())
+    d_loss, g_loss, logs = gan(backbone, recon, images, rand, with_g_loss=False)
+    assert g_loss.item() == 0
+    assert not g_loss.requires_grad
+    found = torch.autograd.grad(d_loss, [*parameters, recon], allow_unused=True)
+    *gradients, gradient_of_recon = found
+    assert gradient_of_recon is None
+
+    def judge(x: Tensor, i: int, strong: bool) -> Tensor:
+        return gan.discriminator(backbone(diff_augment(x.detach(), rand[:, i], strong)))
+
+    fake = judge(recon, 0, strong=False)
+    real = judge(images, 1, strong=False)
+    fake_strong = judge(recon, 2, strong=True)
+    real_strong = judge(images, 3, strong=True)
     hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
-    consistency = sum((a.mean(2) - b.mean(2)).square().mean() for a, b in ((fake, other_fake), (real, other_real)))
+    consistency = (fake.mean(2) - fake_strong.mean(2)).square().mean()
+    consistency = consistency + (real.mean(2) - real_strong.mean(2)).square().mean()
     lecam = (real + 0.2).clamp(min=0).square().mean() + (0.3 - fake).clamp(min=0).square().mean()
     expected = hinge + 4 * consistency + 0.001 * lecam
-    torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(found, torch.autograd.grad(expected, list(adversary.parameters())), strict=True):
+    torch.testing.assert_close(d_loss, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
     by_hand = {
         "discriminator": hinge,
@@ -283,70 +432,102 @@ def test_the_discriminators_loss_and_its_gradient_by_hand(eye):
         "logit_fake": fake.mean(),
     }
     torch.testing.assert_close({name: logs[name] for name in by_hand}, by_hand)
-    torch.testing.assert_close(adversary(eye, pixels, images, u, True)[1], -fake.mean())
+    _, g_loss, _ = gan(backbone, recon, images, rand, with_g_loss=True)
+    torch.testing.assert_close(g_loss, -fake.mean())
 
 
-def test_the_discriminator_learns_to_tell_two_sets_apart(eye):
+def test_the_discriminator_learns_to_tell_two_sets_apart(backbone):
     torch.manual_seed(0)
-    adversary = Adversary(384)
-    pixels, images = torch.zeros(4, 3, 32, 32), torch.rand(4, 3, 32, 32) - 0.5
-    optimizer, hinges = torch.optim.Adam(adversary.parameters(), 1e-4), []
+    gan = GANLoss(384)
+    fake = torch.zeros(4, 3, 32, 32)
+    real = torch.rand(4, 3, 32, 32) - 0.5
+    optimizer = torch.optim.Adam(gan.parameters(), 1e-4)
+    hinges = []
     for _ in range(40):
-        loss, _, logs = adversary(eye, pixels, images, torch.rand(4, 4, DRAWS), False)
+        rand = torch.rand(4, 4, NUM_AUG_PARAMS)
+        d_loss, _, logs = gan(backbone, fake, real, rand, with_g_loss=False)
         optimizer.zero_grad()
-        loss.backward()
+        d_loss.backward()
         optimizer.step()
         hinges.append(logs["discriminator"].item())
-    assert hinges[-1] < hinges[0] - 0.1 and logs["logit_real"] > logs["logit_fake"] + 0.2
+    assert hinges[-1] < hinges[0] - 0.1
+    assert logs["logit_real"] > logs["logit_fake"] + 0.2
 
 
-def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(eye):
-    painter, adversary, data = Painter(), Adversary(384), draws()
-    vector = adversary.discriminator.heads[0].reduce.u.clone()
-    learn(painter, data, adversary, eye)
-    adversary.end_step(lambda sums: sums)
-    assert adversary.weight == 0 and not adversary.measured  # the decoder does not feel it yet
-    assert not torch.equal(adversary.discriminator.heads[0].reduce.u, vector)  # the norms are refined
-    adversary.averages.zero_()
-    assert learn(painter, data, adversary, eye, fool=True)["adaptive_weight"] == 0
-    fake, real = (
-        adversary.discriminator(eye(diff_augment(x, data[1][:, i], False))).mean() for i, x in enumerate((painter(), data[0]))
-    )
-    (first,) = torch.autograd.grad((painter() - data[0]).square().mean(), painter.last.weight)
-    (second,) = torch.autograd.grad(-fake, painter.last.weight)
-    adversary.end_step(lambda sums: sums)
-    weight = (first.norm() / second.norm()).clamp(max=100).item()
-    assert adversary.weight.item() == pytest.approx(weight, rel=1e-3)
-    assert adversary.averages.tolist() == pytest.approx([0.001 * real.item(), 0.001 * fake.item()], rel=1e-3)
-    before = adversary.weight.clone()
-    inf, nan = float("inf"), float("nan")
-    for first, second in ((nan, 1.0), (inf, 1.0), (1.0, inf), (3e38, 1.0)):  # of steps that were skipped
-        adversary.measured["logits"] += torch.full((2,), first)
-        adversary.measured["others"] += torch.full((2,), first)
-        adversary.measured["mine"] += torch.full((2,), second)
-        adversary.end_step(lambda sums: sums)
-        assert adversary.weight == before and adversary.averages.isfinite().all()
+def test_a_step_sets_the_adaptive_weight_and_the_moving_averages_for_the_next(backbone):
+    painter = Painter()
+    gan = GANLoss(384)
+    images, rand = data = draw_data()
+    conv = gan.discriminator.heads[0].conv_in
+    u_before = conv.u.clone()
+    learn(painter, data, gan, backbone)
+    gan.update(lambda sums: sums)
+    assert gan.adaptive_weight.value == 0  # the decoder does not feel the discriminator yet
+    assert gan.logit_sums is None
+    assert gan.adaptive_weight.grad_sums is None
+    assert not torch.equal(conv.u, u_before)  # the spectral norms are refined
+
+    gan.ema_logits.zero_()
+    terms = learn(painter, data, gan, backbone, use_gan=True)
+    assert terms["adaptive_weight"] == 0
+    fake = gan.discriminator(backbone(diff_augment(painter(), rand[:, 0], False))).mean()
+    real = gan.discriminator(backbone(diff_augment(images, rand[:, 1], False))).mean()
+    rec_loss = (painter() - images).square().mean()
+    (rec_grad,) = torch.autograd.grad(rec_loss, painter.last_layer.weight)
+    (gan_grad,) = torch.autograd.grad(-fake, painter.last_layer.weight)
+    gan.update(lambda sums: sums)
+    assert gan.logit_sums is None
+    assert gan.adaptive_weight.grad_sums is None  # the next step begins anew
+    ratio = (rec_grad.norm() / gan_grad.norm()).clamp(max=100).item()
+    assert gan.adaptive_weight.value.item() == pytest.approx(ratio, rel=1e-3)
+    expected = [0.001 * real.item(), 0.001 * fake.item()]
+    assert gan.ema_logits.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_a_step_measures_does_not_depend_on_its_pieces(eye):
-    found = []
+@pytest.mark.parametrize(
+    "rec_grad, other_grad",
+    [
+        (float("nan"), 1.0),
+        (float("inf"), 1.0),
+        (1.0, float("inf")),
+        (3e38, 1.0),  # its norm is infinite
+    ],
+)
+def test_a_step_that_was_skipped_leaves_the_adaptive_weight(rec_grad, other_grad):
+    gan = GANLoss(384)
+    gan.adaptive_weight.value.fill_(2.5)
+    gan.logit_sums = torch.full((2,), rec_grad)
+    gan.adaptive_weight.grad_sums = torch.tensor([[rec_grad] * 2, [other_grad] * 2])
+    gan.update(lambda sums: sums)
+    assert gan.adaptive_weight.value == 2.5
+    assert gan.ema_logits.isfinite().all()
+
+
+def test_what_a_step_measures_does_not_depend_on_its_micro_batches(backbone):
+    measured = []
     for pieces in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
-        painter, data = Painter(), draws()
+        painter = Painter()
+        data = draw_data()
         torch.manual_seed(0)
-        adversary = Adversary(384)
+        gan = GANLoss(384)
+        num_micro = len(pieces)
         for rows in pieces:
-            learn(painter, data, adversary, eye, fool=True, rows=rows, share=1 / len(pieces))
-        adversary.end_step(lambda sums, pieces=pieces: sums / len(pieces))
-        found.append([adversary.weight, adversary.averages])
-    torch.testing.assert_close(found[0], found[1], atol=0, rtol=1e-3)
-    assert 0 < found[0][0] < losses.MAX_ADAPTIVE_WEIGHT
+            learn(painter, data, gan, backbone, use_gan=True, rows=rows, num_micro=num_micro)
+        gan.update(lambda sums, num_micro=num_micro: sums / num_micro)
+        measured.append([gan.adaptive_weight.value, gan.ema_logits])
+    torch.testing.assert_close(measured[0], measured[1], atol=0, rtol=1e-3)
+    assert 0 < measured[0][0] < losses.MAX_ADAPTIVE_WEIGHT
 
 
-def test_the_frozen_networks_are_in_no_checkpoint(eye):
-    """DINO stays outside state_dict(), the optimizer and DDP, after use too; LPIPS is not handed in at all."""
-    painter, adversary = Painter(), Adversary(384)
-    learn(painter, draws(), adversary, eye, fool=True)
-    keys = adversary.state_dict().keys()
-    assert {"averages", "weight"} <= keys and all(key.startswith(("discriminator.heads.", "averages", "weight")) for key in keys)
-    assert {module for module in adversary.modules() if isinstance(module, DINO | LPIPS)} == set()
-    assert sum(value.numel() for value in adversary.state_dict().values()) < 1e6
+def test_the_frozen_networks_are_in_no_checkpoint(backbone):
+    """DINO stays outside state_dict(), the optimizer and DDP, after use too.
+
+    LPIPS is not even passed to the discriminator.
+    """
+    gan = GANLoss(384)
+    learn(Painter(), draw_data(), gan, backbone, use_gan=True)
+    state = gan.state_dict()
+    others = {key for key in state if not key.startswith("discriminator.heads.")}
+    assert others == {"ema_logits", "adaptive_weight.value"}
+    assert not any(isinstance(module, DINOFeatures | LPIPS) for module in gan.modules())
+    assert sum(value.numel() for value in state.values()) < 1e6

@@ -1,4 +1,7 @@
-"""The README's commands run in order, as they are written, in one folder; only sizes and counts are made tiny."""
+"""The commands of README.md and docs/ run in order, as they are written; links and facts hold.
+
+Only sizes and counts of the commands are made tiny.
+"""
 
 import importlib
 import re
@@ -6,84 +9,124 @@ import shlex
 from functools import cache, reduce
 
 import numpy as np
+import pytest
 from reference import ROOT, TINY, make_folder, official_folder
 
+import evaluate
 import fid
 import lab
-import recipes
+import options
 import sample
 import train
-from plumbing.shapes import Shapes
-from plumbing.weights import OFFICIAL
+from utils.shapes import Shapes
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
-MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main, "lab.py": lab.main}
-TINY_STEPS = "--tokenizer_steps 2 --decoder_steps 2 --sit_steps 2 --eval_images 4 --sample_steps 2"
+DOCS = sorted(ROOT.glob("docs/*.md"))
+TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *DOCS)}
+README = TEXTS["README.md"]
+METHOD = TEXTS["method.md"]
+PROGRAMS = {
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "fid.py": fid.main,
+    "evaluate.py": evaluate.main,
+    "lab.py": lab.main,
+}
+TINY_STEPS = (
+    "--tokenizer_steps 2 --decoder_steps 2 --generator_steps 2 --eval_images 4 --sampling_steps 2"
+)
+NO_WEIGHTS = (
+    "--size toy --generator_size toy --teacher hog --encoder_init none --perceptual_weight 0 "
+    "--adversarial_weight 0"
+)
 
 
-def commands() -> list[list[str]]:
-    """Words of each command of ours, comments and what precedes && removed; a shell loop is unrolled."""
-    text = "".join(block for language, block in BLOCKS if not language and not block.startswith("images  "))  # the data flow
-    for loop in re.findall(r"^for .*?^done\n", text, re.S | re.M):
-        values, body = re.fullmatch(r"for g in (.*?); do\n(.*)done\n", loop, re.S).groups()
-        text = text.replace(loop, "".join(body.replace("$g", value) for value in values.split()))
-    lines = (part.strip() for line in text.splitlines() for part in line.partition("  # ")[0].split("&&"))
-    found = [shlex.split(line) for line in lines]
-    assert all(words[0] in ("python", "torchrun", "git", "cd", "pip") for words in found if words)
-    return [words for words in found if words and words[0] in ("python", "torchrun")]
+NOT_OBJECTS = ("py", "md", "pt", "decode")  # file.py, and methods of variables with a file's name
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [content for name, content in blocks if name == language]
+
+
+def read_commands(text: str) -> list[list[str]]:
+    """The words of each command in the code blocks, without comments."""
+    commands = []
+    for block in code_blocks(text, ""):
+        for line in block.splitlines():
+            for part in line.partition("  # ")[0].split("&&"):
+                words = shlex.split(part)
+                if words:
+                    assert words[0] in ("python", "torchrun", "pip"), words
+                    commands.append(words)
+    return [words for words in commands if words[0] != "pip"]
+
+
+def shrink(script: str, arguments: list[str], weights) -> list[str]:
+    """The same command, with tiny sizes and without official weights."""
+    if script == "train.py":
+        config, _ = options.parse_config(arguments)  # as it is written
+        tokens = min(4, config.num_latent_tokens)
+        tiny = f"{TINY} {TINY_STEPS} {NO_WEIGHTS} --patch_size 2 --tokens {tokens}"
+        return [word for word in (*arguments, *tiny.split()) if word != "--compile"]
+    if script == "lab.py":
+        return [*arguments, "--only", "no", "--seeds", "1", "--steps", "2", *TINY.split()]
+    text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
+    arguments = text.replace("--image_size 256", "--image_size 16").split()
+    needs_weights = script == "fid.py" or arguments[0] in ("rfid", "stats")
+    return arguments + (["--weights", str(weights)] if needs_weights else [])
 
 
 def test_the_commands_run_in_order(tmp_path, monkeypatch):
+    """Those of the README, then those of docs/, in one folder."""
     monkeypatch.chdir(tmp_path)
-    features = fid.inception_features  # 64 of the 2048, for eigenvalues in no time
-    monkeypatch.setattr(fid, "inception_features", lambda *inputs: features(*inputs)[:, :64])
+    all_features = fid.inception_features
+
+    def few_features(*arguments):  # 64 of the 2048, whose eigenvalues take no time
+        return all_features(*arguments)[:, :64]
+
+    load_once = cache(fid.load_inception)
+    for module in (fid, evaluate):
+        monkeypatch.setattr(module, "inception_features", few_features)
+    monkeypatch.setattr(fid, "load_inception", lambda weights, device: load_once(weights, "cpu"))
     monkeypatch.setattr(fid.InceptionV3, "logits", lambda model, pool3: pool3)
-    monkeypatch.setattr(fid, "load_inception", cache(fid.load_inception))
     monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
     make_folder(tmp_path / "photos", 0, 20)
     make_folder(tmp_path / "imagenet" / "train", 3, 10)
     make_folder(tmp_path / "imagenet" / "val", 2, 10)
-    inception = OFFICIAL["inception"].file
-    weights = official_folder(tmp_path / "weights", inception.removesuffix(".pth"))
+    weights = official_folder(tmp_path / "weights", fid.INCEPTION_FILE.removesuffix(".pth"))
     noise = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=noise)
     ran = []
-    for words in commands():
-        script = next((word for word in words if word in MAIN), None)
+    for words in [words for text in (README, *TEXTS.values()) for words in read_commands(text)]:
+        script = next((word for word in words if word in PROGRAMS), None)
         if script is None:
-            assert words == ["python", "-m", "pytest"]
+            assert words in (["python", "-m", "pytest"], ["python", "tests/bench.py"])
+            continue
+        if shlex.join(words) in ran:
             continue
         arguments = words[words.index(script) + 1 :]
-        if script == "train.py":
-            config, _ = recipes.parse_config(arguments)  # as it is written; then the same, tiny
-            made = [*arguments, *f"{TINY} {TINY_STEPS} --patch_size 2 --tokens {min(4, config.tokens)}".split()]
-            made += "--size toy --sit toy --teacher hog --encoder_init none --perceptual_weight 0 --adversarial_weight 0".split()
-            arguments = [word for word in made if word != "--compile"]
-        elif script == "lab.py":
-            arguments += ["--only", "no", "--seeds", "1", "--steps", "2", *TINY.split()]  # "nothing", "no mask"
-        else:
-            text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
-            arguments = text.replace("--image_size 256", "--image_size 16").replace("207,360", "1,2").split()
-            if script == "fid.py" and arguments[0] in ("gfid", "rfid", "stats"):
-                arguments += ["--weights", str(weights)]
-        MAIN[script](arguments)
-        ran.append(script)
-    assert len(ran) > 20 and set(ran) == set(MAIN)
+        PROGRAMS[script](shrink(script, arguments, weights))
+        ran.append(shlex.join(words))
+    assert len(ran) > 20
+    assert all(any(script in command for command in ran) for script in PROGRAMS)
 
 
 def test_the_lines_of_python_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
     train.main(f"{TINY} {TINY_STEPS}".split())
-    (lines,) = (block for language, block in BLOCKS if language == "python")
+    (lines,) = code_blocks(README, "python")
     names = {}
     exec(lines, names)
     assert names["images"].shape == (2, 3, 16, 16)
 
 
-def numbers(text: str) -> set[int]:
-    """Of equations: "eq. 3, 5-6" -> {3, 5, 6}."""
+def test_the_readme_is_one_page():
+    assert len(README.split()) <= 2500
+
+
+def equation_numbers(text: str) -> set[int]:
+    """ "eq. 3, 5-6" -> {3, 5, 6}."""
     found = set()
     for listed in re.findall(r"\b[Ee]q\. (\d[\d, -]*)", text):
         for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed):
@@ -91,21 +134,74 @@ def numbers(text: str) -> set[int]:
     return found
 
 
+def find_object(name: str):
+    """ "tokenizer.Tokenizer.encode" -> the function."""
+    module, *path = name.split(".")
+    return reduce(getattr, path, importlib.import_module(module))
+
+
 def test_each_equation_has_its_function_and_each_function_names_its_equation():
-    """The README's map: equation or section, what it says, file.function."""
-    rows = re.findall(r"^\| ((?:eq\. |[34]\.|B\.)[^|]*) \| [^|]* \| `([\w.]+)` \|$", README, re.M)
+    """The table in method.md: equation or section, what it says, file.function."""
+    pattern = r"^\| ((?:eq\. |[34]\.|B\.)[^|]*) \| [^|]* \| `([\w.]+)` \|$"
+    rows = re.findall(pattern, METHOD, re.M)
+    assert len(rows) == 14
     for place, name in rows:
-        module, *path = name.split(".")
-        about = reduce(getattr, path, importlib.import_module(module)).__doc__
-        assert numbers(place) <= numbers(about), name
-        assert place.startswith("eq.") or all(section in about for section in place.split(", ")), name
-    assert set().union(*(numbers(place) for place, _ in rows)) == set(range(1, 10)) and len(rows) == 14
+        docstring = find_object(name).__doc__
+        assert equation_numbers(place) <= equation_numbers(docstring), name
+        if not place.startswith("eq."):
+            assert all(section in docstring for section in place.split(", ")), name
+    named = set().union(*(equation_numbers(place) for place, _ in rows))
+    assert named == set(range(1, 10))
 
 
-def test_the_pictures_are_there_and_no_heading_is_lost():
-    """Links within the repository, and to headings of the README."""
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", README, re.M)}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert len(links) > 10
-    for link in links:
-        assert (link[1:] in headings) if link.startswith("#") else (ROOT / link).exists(), link
+def test_functions_that_the_docs_name_exist():
+    """In code blocks and between backquotes, where a file of ours comes before the dot."""
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    checked = 0
+    for text in TEXTS.values():
+        for module, path in re.findall(r"\b(\w+)\.((?:\w+\.)*\w+)", text):
+            if module in modules and path.split(".")[0] not in NOT_OBJECTS:
+                find_object(f"{module}.{path}")
+                checked += 1
+    assert checked > 30
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    """Within the repository, and to headings of the same page."""
+    text = TEXTS[name]
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("http"):
+            assert (folder / link).exists(), link
+
+
+def test_the_map_lists_every_file():
+    listed = set(re.findall(r"\]\((\w+\.py)\)", README))
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_the_facts_are_the_presets():
+    """Numbers of sources.md that are also values of recipes.py."""
+    facts = TEXTS["sources.md"]
+    paper, _ = options.parse_config(["--data", "x"])
+    toy, _ = options.parse_config([])
+    for text in (
+        f"L = {paper.num_latent_tokens} or 64, C = {paper.latent_dim}",
+        f"M = {paper.mask_ratio_max}",
+        f"{paper.adversarial_weight} adversarial",
+        "1e-6 KL",
+        f"{paper.local_weight} alignment",
+        f"trains from step {paper.discriminator_start // 1000}K",
+        f"{paper.tokenizer_steps // 1000}K x {paper.batch_size} at 256 px",
+        f"XL {paper.generator_steps // 10**6}M steps",
+        f"decay min({paper.ema_decay}",
+        f"{paper.sampling_steps} steps, interval",
+        f"{toy.image_size} px, N = {toy.grid_size**2}, L = {toy.num_latent_tokens}",
+        f"M = {toy.mask_ratio_max}, alignment {toy.local_weight}",
+    ):
+        assert text in facts, text

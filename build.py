@@ -1,0 +1,246 @@
+"""From a config to what a run needs: its data, and its networks with their official weights."""
+
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from align import TEACHERS, VIT_CONFIGS, AlignmentLoss, DINOFeatures, ViT
+from family import (
+    FeatureDecoder,
+    GridDecoder,
+    GridEncoder,
+    MaskFeatHOG,
+    PreservationLoss,
+    PretrainedEncoder,
+)
+from fid import InceptionV3
+from losses import LPIPS
+from recipes import Config
+from sit import GENERATORS
+from tokenizer import MODEL_SIZES, Decoder, Tokenizer, load_dinov2
+from utils.console import UserError
+from utils.data import ImageFolder, open_dataset, train_val_split
+from utils.distributed import Distributed
+from utils.shapes import Shapes
+from utils.weights import PRETRAINED, load_pretrained
+
+
+@dataclass
+class TrainContext:
+    """What all stages of a run share."""
+
+    config: Config
+    dist: Distributed
+    data: ImageFolder | Shapes
+    train_indices: np.ndarray
+    val_indices: np.ndarray
+    is_dry_run: bool = False  # measure only: networks whose official files are missing stay random
+    use_bf16: bool = False  # for matrix products
+    compile: bool = False  # the transformer blocks
+    inception: InceptionV3 | None = None  # where its file is available
+
+    @staticmethod
+    def open(config: Config, dist: Distributed, options: Namespace) -> "TrainContext":
+        """Find the data and split it. By default GPUs that have bfloat16 use it."""
+        data = open_dataset(config.data_dir, config.image_size)
+        if len(data) < 2:
+            raise UserError(f"{config.data_dir} has only one image; at least two are needed")
+        train_indices, val_indices = train_val_split(data.labels, config.eval_images)
+        use_bf16 = options.precision == "bf16"
+        if options.precision is None and dist.device.type == "cuda":
+            use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return TrainContext(
+            config,
+            dist,
+            data,
+            train_indices,
+            val_indices,
+            is_dry_run=options.dry_run,
+            use_bf16=use_bf16,
+            compile=options.compile,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.dist.device
+
+    def path(self, name: str) -> Path:
+        """A file in the run's folder."""
+        return Path(self.config.out_dir) / name
+
+    def to_device(self, network: nn.Module) -> nn.Module:
+        """Move a network to this process's device and, if asked for, compile its blocks."""
+        if self.compile:
+            for module in network.modules():
+                for block in getattr(module, "blocks", ()):
+                    block.compile()
+        return network.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 if asked for; weights and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.use_bf16)
+
+    def identity(self, stage: str, tokenizer_hash: str) -> dict:
+        """What must be the same for a stage's checkpoint to be resumed from.
+
+        tokenizer_hash is that of the tokenizer that the stage starts from, or "".
+        """
+        scopes = ("all", stage)
+        values = {
+            field.name: getattr(self.config, field.name)
+            for field in fields(Config)
+            if field.metadata["resume_scope"] in scopes
+        }
+        values |= {"stage": stage, "classes": list(self.data.classes)}
+        return values | {"images": self.data.fingerprint, "tokenizer": tokenizer_hash}
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks that are trained.
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """With 0 latent tokens, or with a teacher as the encoder, there is one latent per patch."""
+    grid_size = config.grid_size
+    encoder_size, decoder_size = MODEL_SIZES[config.tokenizer_size]
+    num_latent_tokens = config.num_latent_tokens
+    encoder, decoder = None, None
+    is_2d = num_latent_tokens == 0
+    if is_2d:
+        num_latent_tokens = grid_size**2
+        out_dim = 3 * config.patch_size**2
+        decoder = GridDecoder(grid_size, config.latent_dim, out_dim, *decoder_size)
+        if config.encoder_init == "teacher":
+            encoder = PretrainedEncoder(TEACHERS[config.teacher](grid_size))
+        else:
+            encoder = GridEncoder(grid_size, config.patch_size, *encoder_size)
+    return Tokenizer(
+        config.image_size,
+        config.patch_size,
+        num_latent_tokens,
+        config.latent_dim,
+        config.tokenizer_size,
+        config.bottleneck,
+        encoder,
+        decoder,
+        is_2d,
+    )
+
+
+def build_latent_losses(
+    weights: dict[str, float], tokenizer: Tokenizer, teachers: dict[str, nn.Module]
+) -> nn.ModuleList:
+    """The losses on latents that have a weight. All have the call of `align.AlignmentLoss`."""
+    losses = nn.ModuleList()
+    decoder = tokenizer.decoder
+    if weights["local"] or weights["global"]:
+        teacher_width = teachers["teacher"].width
+        losses.append(AlignmentLoss(tokenizer.latent_dim, decoder.width, teacher_width))
+    for loss_name, target in (("features", "teacher"), ("hog", "hog")):
+        if weights[loss_name]:
+            feature_decoder = build_feature_decoder(tokenizer, teachers[target].width)
+            losses.append(FeatureDecoder(loss_name, target, feature_decoder))
+    if weights["preservation"]:
+        losses.append(PreservationLoss())
+    return losses
+
+
+def build_feature_decoder(tokenizer: Tokenizer, out_dim: int) -> nn.Module:
+    """MAETok's auxiliary decoder: 3 blocks of a quarter of the decoder's width.
+
+    For the size B that is a width of 192 with 3 heads (config: MAETok's code).
+    """
+    width = tokenizer.decoder.width // 4
+    num_heads = tokenizer.decoder.num_heads // 4
+    sizes = dict(out_dim=out_dim, width=width, depth=3, num_heads=num_heads)
+    if tokenizer.is_2d:
+        return GridDecoder(tokenizer.grid_size, tokenizer.latent_dim, **sizes)
+    return Decoder(tokenizer.grid_size, tokenizer.num_latent_tokens, tokenizer.latent_dim, **sizes)
+
+
+def build_generator(config: Config, tokenizer: Tokenizer, num_classes: int) -> nn.Module:
+    return GENERATORS[config.generator](
+        tokenizer.num_latent_tokens,
+        tokenizer.latent_dim,
+        num_classes,
+        config.generator_size,
+        tokenizer.is_2d,
+    )
+
+
+def init_from_pretrained(run: TrainContext, tokenizer: Tokenizer) -> None:
+    """Start the encoder from DINOv2, if the config says so (section 4.1)."""
+    config = run.config
+    name = config.encoder_weights
+    if name not in VIT_CONFIGS:
+        return
+    dinov2 = load_pretrained(ViT(name), name, config.weights_dir, run.is_dry_run).state_dict()
+    if config.encoder_init == "teacher":
+        tokenizer.encoder.teacher.vit.load_state_dict(dinov2)
+    else:
+        load_dinov2(tokenizer.encoder, dinov2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen networks.
+
+
+@dataclass
+class FrozenNetworks:
+    """Teachers, the discriminator's backbone and LPIPS."""
+
+    teachers: dict[str, nn.Module]  # by name: images -> cls, patches
+    disc_backbone: DINOFeatures | None
+    lpips: LPIPS | None
+
+    def pretrained_parts(self) -> dict[str, nn.Module]:
+        """The modules that official files are loaded into, by the name of the file."""
+        parts = {}
+        for network in (*self.teachers.values(), self.disc_backbone):
+            if hasattr(network, "vit"):
+                parts[network.vit.name] = network.vit
+        if self.lpips:
+            parts |= {"vgg16": self.lpips.vgg, "lpips_vgg": self.lpips.linear}
+        return parts
+
+
+def build_frozen_networks(config: Config) -> FrozenNetworks:
+    """What a stage with this config needs, without weights."""
+    teachers = {}
+    if config.needs_teacher:
+        teachers["teacher"] = TEACHERS[config.teacher](config.grid_size)
+    if config.hog_weight:
+        teachers["hog"] = MaskFeatHOG(config.grid_size, config.patch_size)
+    return FrozenNetworks(
+        teachers,
+        disc_backbone=DINOFeatures() if config.adversarial_weight else None,
+        lpips=LPIPS() if config.perceptual_weight else None,
+    )
+
+
+def load_frozen_networks(run: TrainContext, config: Config) -> FrozenNetworks:
+    """The same with official weights, frozen and on the device."""
+    networks = build_frozen_networks(config)
+    for name, part in networks.pretrained_parts().items():
+        load_pretrained(part, name, config.weights_dir, random_if_missing=run.is_dry_run)
+    for network in (*networks.teachers.values(), networks.disc_backbone, networks.lpips):
+        if network is not None:
+            run.to_device(network).eval()
+    return networks
+
+
+def required_weights(config: Config, stages: list[str]) -> list[str]:
+    """The names of the official files that these stages need."""
+    names = set()
+    for stage in stages:
+        if stage not in config.stages:
+            continue
+        with torch.device("meta"):
+            names |= build_frozen_networks(config.for_stage(stage)).pretrained_parts().keys()
+        if stage == next(iter(config.stages)):
+            names.add(config.encoder_weights)
+    return [name for name in PRETRAINED if name in names]

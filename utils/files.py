@@ -1,0 +1,123 @@
+"""Files that are written whole or not at all, read without running code, locked and hashed."""
+
+import argparse
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.console import UserError, as_user_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def atomic_write(path: str | Path):
+    """Yield a temporary path, which is renamed to `path` at the end, or removed if anything fails.
+
+    Raises UserError if the file cannot be written; then the previous one is kept.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch raises a RuntimeError for a failed write, and does not say why it failed.
+        reason = error.strerror if isinstance(error, OSError) else "the disk is probably full"
+        kept = "the previous file is kept" if path.exists() else "nothing was written"
+        raise UserError(
+            f"cannot write {path} ({reason or error}); {kept}, make room and run the command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what `atomic_write` leaves behind in a folder when its process is killed."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises UserError if the file holds anything else."""
+    content = Path(path).read_bytes()
+    with as_user_error(f"{path} is damaged, it holds no JSON object: "):
+        return {**json.loads(content)}
+
+
+def lock_file(path: Path):
+    """Open a file and lock it until this process ends. Raises UserError if it is locked already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115  It stays open as long as the process runs.
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another run is at work in {path.parent}; wait for it to end, or use another --out"
+        ) from None
+    return file
+
+
+def save_torch(content: dict, path: str | Path) -> None:
+    """torch.save, whole or not at all."""
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_torch(path: str | Path, mmap: bool = False) -> dict:
+    """A dict of tensors and plain values from a PyTorch file, on the CPU. No code in it is run.
+
+    With `mmap` tensors are read from disk when they are used; such a file must not be replaced
+    while they are. Raises UserError for files that are missing, damaged or of another kind.
+    """
+    try:
+        # Released SiT checkpoints hold the arguments of their training script.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:
+        reason = "it is truncated or not a PyTorch file"
+        if "GLOBAL" in str(error):
+            reason = "it holds pickled code, which is never run"
+        advice = "delete it, or move it away"
+        raise UserError(f"{path} cannot be loaded: {reason}; {advice}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a dict of tensors; move it away")
+    return content
+
+
+def hash_state_dict(state: dict[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of a state dict, hexadecimal."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
