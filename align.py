@@ -1,4 +1,4 @@
-"""Frozen teachers, and MacTok's alignment of the latents with what they see (section 3.3, eq. 3-6).
+"""Frozen teachers, and the alignment of latents with what they see (MacTok section 3.3, eq. 3-6).
 
     cls, patches = teacher(images)              (B, D) and (B, N, D): per image, and per patch
     losses = AlignmentLoss(...)(z, targets)     {"local": scalar, "global": scalar}
@@ -33,7 +33,7 @@ VIT_CONFIGS = {
 
 
 def check_range(images: Tensor) -> None:
-    """Raise unless images lie in [-1, 1]. The CPU does not wait for the GPU to find out."""
+    """Raise unless images are in [-1, 1]. The check runs on the device and does not synchronize."""
     largest = images.detach().abs().amax()
     torch._assert_async(largest <= 1.001, "teacher: images must lie in [-1, 1]")
 
@@ -58,7 +58,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pretrain_grid**2, width))
         if num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width))
-        if is_dinov2:  # the files contain it, and nothing here uses it
+        if is_dinov2:  # it is in the official files, and unused here
             self.register_buffer("mask_token", torch.zeros(1, width))
         self.patch_embed = PatchEmbed(patch_size, width)
         blocks = (Block(width, num_heads, layer_scale=is_dinov2) for _ in range(depth))
@@ -76,7 +76,7 @@ class ViT(nn.Module):
     def interpolate_pos_encoding(self, rows: int, columns: int) -> Tensor:
         """Positions for a grid of rows x columns patches, (1, 1 + rows * columns, D).
 
-        They are resampled as the official code does it, which is different with registers.
+        The official code resamples them differently for models with registers.
         """
         size = self.pretrain_grid
         if (rows, columns) == (size, size):
@@ -109,7 +109,7 @@ class ViT(nn.Module):
         return x
 
     def get_intermediate_layers(self, x: Tensor, layer_ids: tuple[int, ...]) -> list[Tensor]:
-        """Tokens (B, T, D) after each of these blocks, counted from 0, without the final norm."""
+        """Tokens (B, T, D) after each block in layer_ids, counted from 0, without final norm."""
         x = self.prepare_tokens(x)
         feats = []
         for i, block in enumerate(self.blocks):
@@ -157,7 +157,10 @@ class DINOFeatures(nn.Module):
         self.layer_ids = layer_ids
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in about [-1, 1], sides multiples of 16 -> (B, D, H/16, W/16)."""
+        """images (B, 3, H, W), sides multiples of 16 -> a map (B, D, H/16, W/16) per layer.
+
+        Augmented images may leave [-1, 1] a little, so their range is not checked.
+        """
         x = self.vit.imagenet_normalize(images)
         rows = images.shape[-2] // self.vit.patch_size
         feats = self.vit.get_intermediate_layers(x, self.layer_ids)
@@ -173,9 +176,9 @@ class HOG(nn.Module):
     color.
 
     The histogram has NUM_BINS orientations modulo pi, weighted by the gradient's length; the color
-    is the patch's mean. Both are centered per image. cls is the mean of the patch vectors weighted
-    by their norm, so that cos(cls, patch) is high for patches that differ from the image's average
-    in the way in which most striking patches do.
+    is the patch's mean. Both are centered per image. cls stands in for a class token: it is the
+    mean of the patch vectors, weighted by their norms, so that cos(cls, patch) is high for the
+    patches that stand out from the image.
     """
 
     NUM_BINS = 8
@@ -185,7 +188,7 @@ class HOG(nn.Module):
         self.grid_size = grid_size
         self.width = self.NUM_BINS + 3
 
-    @torch.no_grad()
+    @torch.no_grad()  # DINOv2 has gradients, because AlignTok trains it
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, H) in [-1, 1] -> cls (B, 11), patches (B, grid_size^2, 11)."""
         check_range(images)
@@ -222,8 +225,8 @@ TEACHERS |= {name: partial(DINOv2, name) for name in VIT_CONFIGS if name.startsw
 class AlignmentLoss(nn.Module):
     """Local and global alignment of latents z (B, L, C) with a teacher of width D (eq. 3-6).
 
-    Two small MLPs map latents to the teacher's space (eq. 5); the loss is 1 - cosine (eq. 6). They
-    have two layers, and `hidden_dim` is the decoder's width (ours).
+    Two small MLPs map latents to the teacher's space (eq. 5); the loss is 1 - cosine (eq. 6). The
+    MLPs have two layers, and `hidden_dim` is the decoder's width (ours).
     """
 
     def __init__(self, latent_dim: int, hidden_dim: int, teacher_width: int):
@@ -232,9 +235,10 @@ class AlignmentLoss(nn.Module):
         self.global_mlp = Mlp(latent_dim, hidden_dim, teacher_width)
 
     def forward(self, z: Tensor, targets: dict, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """targets["teacher"] = cls (B, D), patches (B, N, D) -> two losses in [0, 2].
+        """z (B, L, C), where L divides N -> two losses in [0, 2].
 
-        Losses on latents share this signature. This one covers all patches, so it ignores the mask.
+        targets["teacher"] = cls (B, D), patches (B, N, D). Losses on latents share this signature;
+        this one covers all patches and ignores the mask.
         """
         cls, patches = targets["teacher"]
         # Eq. 3 repeats each latent N / L times and then applies the MLP to each copy. The MLP acts

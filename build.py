@@ -19,12 +19,12 @@ from family import (
 )
 from fid import InceptionV3
 from losses import LPIPS
-from recipes import Config
+from recipes import Config, flag_of
 from sit import GENERATORS
 from tokenizer import MODEL_SIZES, Decoder, Tokenizer, load_dinov2
 from utils.console import UserError
 from utils.data import ImageFolder, open_dataset, train_val_split
-from utils.distributed import Distributed
+from utils.distributed import Distributed, tune_compiler
 from utils.shapes import Shapes
 from utils.weights import PRETRAINED, load_pretrained
 
@@ -40,7 +40,7 @@ class TrainContext:
     val_indices: np.ndarray
     is_dry_run: bool = False  # measure only: networks whose official files are missing stay random
     use_bf16: bool = False  # for matrix products
-    compile: bool = False  # the transformer blocks
+    compile: bool = False  # transformer blocks and LPIPS
     inception: InceptionV3 | None = None  # where its file is available
 
     @staticmethod
@@ -50,6 +50,8 @@ class TrainContext:
         if len(data) < 2:
             raise UserError(f"{config.data_dir} has only one image; at least two are needed")
         train_indices, val_indices = train_val_split(data.labels, config.eval_images)
+        if options.compile:
+            tune_compiler()
         use_bf16 = options.precision == "bf16"
         if options.precision is None and dist.device.type == "cuda":
             use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,30 +75,34 @@ class TrainContext:
         return Path(self.config.out_dir) / name
 
     def to_device(self, network: nn.Module) -> nn.Module:
-        """Move a network to this process's device and, if asked for, compile its blocks."""
+        """Move a network to this process's device and, if asked for, compile its parts.
+
+        These are transformer blocks and LPIPS. A deepcopy of a network is not compiled.
+        """
         if self.compile:
             for module in network.modules():
-                for block in getattr(module, "blocks", ()):
-                    block.compile()
+                parts = [module] if isinstance(module, LPIPS) else getattr(module, "blocks", ())
+                for part in parts:
+                    part.compile()
         return network.to(self.device)
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 if asked for; weights and losses stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.use_bf16)
 
-    def identity(self, stage: str, tokenizer_hash: str) -> dict:
-        """What must be the same for a stage's checkpoint to be resumed from.
+    def identity(self, stage: str, encoder_hash: str) -> dict:
+        """What must be the same for a stage's checkpoint to be resumed, by flag.
 
-        tokenizer_hash is that of the tokenizer that the stage starts from, or "".
+        encoder_hash is that of the encoder that the stage starts with, or "".
         """
         scopes = ("all", stage)
         values = {
-            field.name: getattr(self.config, field.name)
+            flag_of(field): getattr(self.config, field.name)
             for field in fields(Config)
             if field.metadata["resume_scope"] in scopes
         }
         values |= {"stage": stage, "classes": list(self.data.classes)}
-        return values | {"images": self.data.fingerprint, "tokenizer": tokenizer_hash}
+        return values | {"data": self.data.fingerprint, "encoder": encoder_hash}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +110,11 @@ class TrainContext:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """With 0 latent tokens, or with a teacher as the encoder, there is one latent per patch."""
+    """The tokenizer of a config, with random weights.
+
+    With 0 latent tokens there is one latent per patch; only then can the encoder be a teacher
+    (options.py checks it).
+    """
     grid_size = config.grid_size
     encoder_size, decoder_size = MODEL_SIZES[config.tokenizer_size]
     num_latent_tokens = config.num_latent_tokens
@@ -123,24 +133,24 @@ def build_tokenizer(config: Config) -> Tokenizer:
         config.patch_size,
         num_latent_tokens,
         config.latent_dim,
-        config.tokenizer_size,
-        config.bottleneck,
-        encoder,
-        decoder,
-        is_2d,
+        model_size=config.tokenizer_size,
+        bottleneck=config.bottleneck,
+        encoder=encoder,
+        decoder=decoder,
+        is_2d=is_2d,
     )
 
 
 def build_latent_losses(
     weights: dict[str, float], tokenizer: Tokenizer, teachers: dict[str, nn.Module]
 ) -> nn.ModuleList:
-    """The losses on latents that have a weight. All have the call of `align.AlignmentLoss`."""
+    """The losses on latents with a weight above 0; all have AlignmentLoss's signature."""
     losses = nn.ModuleList()
     decoder = tokenizer.decoder
     if weights["local"] or weights["global"]:
         teacher_width = teachers["teacher"].width
         losses.append(AlignmentLoss(tokenizer.latent_dim, decoder.width, teacher_width))
-    for loss_name, target in (("features", "teacher"), ("hog", "hog")):
+    for loss_name, target in (("features", "teacher"), ("hog", "maskfeat")):
         if weights[loss_name]:
             feature_decoder = build_feature_decoder(tokenizer, teachers[target].width)
             losses.append(FeatureDecoder(loss_name, target, feature_decoder))
@@ -163,6 +173,7 @@ def build_feature_decoder(tokenizer: Tokenizer, out_dim: int) -> nn.Module:
 
 
 def build_generator(config: Config, tokenizer: Tokenizer, num_classes: int) -> nn.Module:
+    """The generator for the tokenizer's latents, with random weights."""
     return GENERATORS[config.generator](
         tokenizer.num_latent_tokens,
         tokenizer.latent_dim,
@@ -172,13 +183,13 @@ def build_generator(config: Config, tokenizer: Tokenizer, num_classes: int) -> n
     )
 
 
-def init_from_pretrained(run: TrainContext, tokenizer: Tokenizer) -> None:
+def init_from_pretrained(context: TrainContext, tokenizer: Tokenizer) -> None:
     """Start the encoder from DINOv2, if the config says so (section 4.1)."""
-    config = run.config
+    config = context.config
     name = config.encoder_weights
     if name not in VIT_CONFIGS:
         return
-    dinov2 = load_pretrained(ViT(name), name, config.weights_dir, run.is_dry_run).state_dict()
+    dinov2 = load_pretrained(ViT(name), name, config.weights_dir, context.is_dry_run).state_dict()
     if config.encoder_init == "teacher":
         tokenizer.encoder.teacher.vit.load_state_dict(dinov2)
     else:
@@ -193,7 +204,7 @@ def init_from_pretrained(run: TrainContext, tokenizer: Tokenizer) -> None:
 class FrozenNetworks:
     """Teachers, the discriminator's backbone and LPIPS."""
 
-    teachers: dict[str, nn.Module]  # by name: images -> cls, patches
+    teachers: dict[str, nn.Module]  # "teacher" and MAETok's "maskfeat": images -> cls, patches
     disc_backbone: DINOFeatures | None
     lpips: LPIPS | None
 
@@ -201,7 +212,7 @@ class FrozenNetworks:
         """The modules that official files are loaded into, by the name of the file."""
         parts = {}
         for network in (*self.teachers.values(), self.disc_backbone):
-            if hasattr(network, "vit"):
+            if hasattr(network, "vit"):  # not HOG, and not None
                 parts[network.vit.name] = network.vit
         if self.lpips:
             parts |= {"vgg16": self.lpips.vgg, "lpips_vgg": self.lpips.linear}
@@ -214,7 +225,7 @@ def build_frozen_networks(config: Config) -> FrozenNetworks:
     if config.needs_teacher:
         teachers["teacher"] = TEACHERS[config.teacher](config.grid_size)
     if config.hog_weight:
-        teachers["hog"] = MaskFeatHOG(config.grid_size, config.patch_size)
+        teachers["maskfeat"] = MaskFeatHOG(config.grid_size, config.patch_size)
     return FrozenNetworks(
         teachers,
         disc_backbone=DINOFeatures() if config.adversarial_weight else None,
@@ -222,15 +233,20 @@ def build_frozen_networks(config: Config) -> FrozenNetworks:
     )
 
 
-def load_frozen_networks(run: TrainContext, config: Config) -> FrozenNetworks:
-    """The same with official weights, frozen and on the device."""
+def load_frozen_networks(context: TrainContext, config: Config) -> FrozenNetworks:
+    """`build_frozen_networks` with official weights, frozen and on the device."""
     networks = build_frozen_networks(config)
     for name, part in networks.pretrained_parts().items():
-        load_pretrained(part, name, config.weights_dir, random_if_missing=run.is_dry_run)
+        load_pretrained(part, name, config.weights_dir, random_if_missing=context.is_dry_run)
     for network in (*networks.teachers.values(), networks.disc_backbone, networks.lpips):
         if network is not None:
-            run.to_device(network).eval()
+            context.to_device(network).eval()
     return networks
+
+
+def count_parameters(module: nn.Module) -> str:
+    """For example "1.2M parameters"."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M parameters"
 
 
 def required_weights(config: Config, stages: list[str]) -> list[str]:
@@ -241,6 +257,6 @@ def required_weights(config: Config, stages: list[str]) -> list[str]:
             continue
         with torch.device("meta"):
             names |= build_frozen_networks(config.for_stage(stage)).pretrained_parts().keys()
-        if stage == next(iter(config.stages)):
+        if stage == config.first_stage:
             names.add(config.encoder_weights)
     return [name for name in PRETRAINED if name in names]

@@ -4,14 +4,13 @@
     python evaluate.py probe out --data imagenet/val     # a linear classifier on the latents
     python evaluate.py stats imagenet/val val.npz --image_size 256    # a reference for fid.py
     python evaluate.py compare a.fid.json b.fid.json     # one table; are they comparable?
-    torchrun --nproc_per_node=8 evaluate.py rfid ...     # the same figures, faster
+    torchrun --nproc_per_node=8 evaluate.py rfid ...     # the same values, faster
 
 train.py calls the functions of the first part. Samples are measured by fid.py. Every command writes
 a report in JSON.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,116 +33,124 @@ from utils.data import ImageFolder, evenly_spaced, open_dataset, read_batch, tra
 from utils.distributed import DEVICES, Distributed
 from utils.files import read_json
 from utils.images import to_float, to_uint8, write_grid
+from utils.shapes import Shapes
 from utils.weights import LPIPS_FILES, available, load_pretrained
+
+RIDGE = 0.01  # regularization of the linear probe (ours)
 
 # --------------------------------------------------------------------------------------------------
 # During training.
 
 
 def evaluate_on_val(
-    run: TrainContext, make: Callable[[Tensor, range], Tensor], metrics: tuple[Callable, ...]
+    context: TrainContext, make: Callable[[Tensor, range], Tensor], metrics: tuple[Callable, ...]
 ) -> dict[str, float]:
-    """Compare held-out images with make(images, rows), by all processes -> numbers on rank 0.
+    """Compare held-out images with make(images, rows), sharing the work among processes.
 
-    The numbers are means of the metrics, and a Frechet distance. That is FID, called fid_N for N
-    images, if Inception's official file is available. Otherwise it is the distance between HOG
-    features of a 4 x 4 grid, which is good for comparing runs, but is not FID.
+    Images are uint8 (b, 3, S, S), rows are their places among the held-out ones, and a metric maps
+    two such batches to (b,). Returns on rank 0, and {} elsewhere, the means of the metrics and a
+    Frechet distance. That is FID, called fid_N for N images, if Inception's official file is
+    available. Otherwise it is the distance between HOG features of a 4 x 4 grid, which is good for
+    comparing runs, but is not FID.
     """
     hog = HOG(grid_size=4)
-    num_val = len(run.val_indices)
+    num_val = len(context.val_indices)
 
     def features(images: Tensor) -> Tensor:
-        if run.inception is not None:
-            return inception_features(run.inception, images)
+        if context.inception is not None:
+            return inception_features(context.inception, images)
         _, patches = hog(to_float(images))
         return patches.flatten(1).cpu()
 
     parts = []
-    for rows in run.dist.shard(range(num_val), 64):
-        images, _ = read_batch(run.data, run.val_indices[rows])
-        images = images.to(run.device)
-        made = make(images, rows)
-        part = {metric.__name__: metric(images, made).cpu() for metric in metrics}
-        part |= {"real_features": features(images), "made_features": features(made)}
+    for rows in context.dist.shard(range(num_val), 64):
+        images, _ = read_batch(context.data, context.val_indices[rows])
+        images = images.to(context.device)
+        fake = make(images, rows)
+        part = {metric.__name__: metric(images, fake).cpu() for metric in metrics}
+        part |= {"real_features": features(images), "fake_features": features(fake)}
         parts.append(part)
-    gathered = run.dist.gather_rows(parts)
+    gathered = context.dist.gather_rows(parts)
     if not gathered:
         return {}
-    real = mean_cov(gathered.pop("real_features"))
-    made = mean_cov(gathered.pop("made_features"))
+    real_stats = mean_cov(gathered.pop("real_features"))
+    fake_stats = mean_cov(gathered.pop("fake_features"))
     numbers = {name: values.mean().item() for name, values in gathered.items()}
-    name = f"fid_{num_val}" if run.inception is not None else "hog_frechet_distance"
-    numbers[name] = frechet_distance(*made, *real)
+    name = f"fid_{num_val}" if context.inception is not None else "hog_frechet_distance"
+    numbers[name] = frechet_distance(*fake_stats, *real_stats)
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
 @torch.no_grad()
-def reconstruction_quality(tokenizer: Tokenizer, run: TrainContext) -> dict[str, float]:
-    """PSNR in dB, SSIM and distance of reconstructions of held-out images; reconstructions.png."""
-    num_val = len(run.val_indices)
-    if run.dist.is_main:
+def reconstruction_quality(tokenizer: Tokenizer, context: TrainContext) -> dict[str, float]:
+    """PSNR in dB, SSIM and distance of held-out reconstructions. Writes reconstructions.png."""
+    num_val = len(context.val_indices)
+    if context.dist.is_main:
         columns = min(10, num_val // 2)
-        images = val_images(run, 2 * columns)
+        images = val_images(context, 2 * columns)
         recons = reconstruct(tokenizer, images).cpu()
         # Two pairs of rows, the originals above.
         pairs = torch.stack([images.unflatten(0, (2, -1)), recons.unflatten(0, (2, -1))], dim=1)
-        write_grid(pairs.flatten(0, 1), run.path("reconstructions.png"))
+        write_grid(pairs.flatten(0, 1), context.path("reconstructions.png"))
     numbers = evaluate_on_val(
-        run, lambda images, rows: reconstruct(tokenizer, images), (psnr, ssim)
+        context, lambda images, rows: reconstruct(tokenizer, images), (psnr, ssim)
     )
-    return numbers | {"evaluated_images": num_val, "held_out": is_held_out(run)}
+    return numbers | {"evaluated_images": num_val, "held_out": has_held_out_images(context)}
 
 
 @torch.no_grad()
-def sample_quality(generator: nn.Module, tokenizer: Tokenizer, run: TrainContext) -> dict:
-    """The distance of as many samples as there are held-out images from those; samples.png."""
-    trained = TrainedRun(run.config, list(run.data.classes), tokenizer, generator)
+def sample_quality(generator: nn.Module, tokenizer: Tokenizer, context: TrainContext) -> dict:
+    """The distance between held-out images and as many samples. Writes samples.png."""
+    trained = TrainedRun(context.config, list(context.data.classes), tokenizer, generator)
     settings = trained.sampler_settings()
-    seed = run.config.seed
+    seed = context.config.seed
     classes = list(range(max(1, len(trained.classes))))
-    if run.dist.is_main:
-        path = run.path("samples.png")
+    if context.dist.is_main:
+        path = context.path("samples.png")
         write_sample_grid(trained, classes[:10], 8, path, seed, settings)
 
     def sample_like(images: Tensor, rows: range) -> Tensor:
         labels = torch.tensor(rows) % len(classes)
         return generate(trained, labels, list(rows), seed, **settings)
 
-    numbers = evaluate_on_val(run, sample_like, ())
+    numbers = evaluate_on_val(context, sample_like, ())
     return {
         "sampler": {"seed": seed, **settings},
         **numbers,
-        "samples": len(run.val_indices),
-        "held_out": is_held_out(run),
+        "samples": len(context.val_indices),
+        "held_out": has_held_out_images(context),
     }
 
 
 @torch.no_grad()
-def draw_masks(teacher: Callable, run: TrainContext) -> None:
-    """masks.png: images, then half of their patches hidden at random, then half by similarity."""
-    images = val_images(run, 8)
-    scores = masking.cls_similarity(*teacher(to_float(images.to(run.device)))).cpu()
+def draw_masks(teacher: Callable, context: TrainContext) -> None:
+    """Write masks.png: images, then half of their patches hidden at random, by similarity, and by
+    the run's own mask if that is another one.
+
+    teacher maps images (B, 3, H, W) to cls, patches.
+    """
+    images = val_images(context, 8)
+    scores = masking.cls_similarity(*teacher(to_float(images.to(context.device)))).cpu()
     noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
     half = torch.full((len(images),), 0.5)
+    own = set() if context.config.mask in ("mixed", "none") else {context.config.mask}
     rows = [images]
-    for mask in (masking.random_mask(half, noise), masking.semantic_mask(half, scores)):
-        hidden = mask.view(-1, 1, run.config.grid_size, run.config.grid_size)
-        hidden = hidden.repeat_interleave(run.config.patch_size, dim=2)
-        hidden = hidden.repeat_interleave(run.config.patch_size, dim=3)
-        rows.append(images.masked_fill(hidden, 128))
-    write_grid(torch.stack(rows), run.path("masks.png"))
+    for name in dict.fromkeys(("random", "semantic", *own)):
+        mask = masking.MASKS[name].function(half, noise=noise, scores=scores, mix=None)
+        rows.append(images.masked_fill(masking.mask_to_pixels(mask, images.shape[-1]), 128))
+    write_grid(torch.stack(rows), context.path("masks.png"))
 
 
-def val_images(run: TrainContext, count: int) -> Tensor:
+def val_images(context: TrainContext, count: int) -> Tensor:
     """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
-    picks = evenly_spaced(len(run.val_indices), count)
-    images, _ = read_batch(run.data, run.val_indices[picks])
+    picks = evenly_spaced(len(context.val_indices), count)
+    images, _ = read_batch(context.data, context.val_indices[picks])
     return images
 
 
-def is_held_out(run: TrainContext) -> bool:
+def has_held_out_images(context: TrainContext) -> bool:
     """False for data sets that are so small that no image is held out."""
-    return not set(run.val_indices) & set(run.train_indices)
+    return not set(context.val_indices) & set(context.train_indices)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,11 +160,14 @@ def is_held_out(run: TrainContext) -> bool:
 def load_evaluator(args: argparse.Namespace, dist: Distributed) -> tuple[fid.InceptionV3, dict]:
     """Inception, and what a report says of it. One process per machine downloads the file."""
     with as_user_error():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if dist.is_local_main:
             fid.download_inception(args.weights)
         dist.barrier()
         model = fid.load_inception(args.weights, dist.device)
-        return model, fid.describe_protocol(args.resize, args.weights) if dist.is_main else {}
+        protocol = {}
+        if dist.is_main:
+            protocol = fid.describe_protocol(args.resize, args.weights)
+        return model, protocol
 
 
 def load_lpips(folder: str, device: torch.device) -> LPIPS | None:
@@ -170,77 +180,83 @@ def load_lpips(folder: str, device: torch.device) -> LPIPS | None:
     return lpips.to(device).eval()
 
 
+def measure_all(
+    dist: Distributed,
+    data: ImageFolder | Shapes,
+    indices: np.ndarray,
+    label: str,
+    measure: Callable[[Tensor, Tensor, np.ndarray], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """measure(images, labels, indices) of all these images, in batches, shared among processes.
+
+    images uint8 (b, 3, S, S) are on the device. Returns the rows of all batches by name on rank 0,
+    and {} elsewhere.
+    """
+    parts = []
+    for batch in progress(dist.shard(indices, fid.BATCH_SIZE), label, dist.is_main):
+        images, labels = read_batch(data, batch)
+        part = measure(images.to(dist.device), labels, batch)
+        parts.append({name: values.cpu() for name, values in part.items()})
+    return dist.gather_rows(parts)
+
+
 def rfid(args: argparse.Namespace, dist: Distributed) -> None:
-    """rFID, PSNR, SSIM and LPIPS of a run's reconstructions of a folder's images"""
+    """Measure reconstructions of a folder's images: rFID, PSNR, SSIM, and LPIPS if available."""
     model, protocol = load_evaluator(args, dist)
     run = load_run(args.run, dist.device)
     data = open_dataset(args.data, run.config.image_size)
     lpips = load_lpips(args.weights, dist.device)
     indices = np.arange(len(data))
+    was_trained_on = data.fingerprint == run.checkpoint_info["data"]
+    if args.held_out and not was_trained_on:
+        raise UserError(
+            f"--held_out takes the images that training held out, but {args.data} is not what the "
+            "run was trained on"
+        )
     if args.held_out:
         _, indices = train_val_split(data.labels, run.config.eval_images)
-    parts = []
-    for batch in progress(dist.shard(indices, fid.BATCH_SIZE), "reconstructions", dist.is_main):
-        images, _ = read_batch(data, batch)
-        part = measure_reconstructions(run, model, lpips, images.to(dist.device), batch, args)
-        parts.append({name: values.cpu() for name, values in part.items()})
-    gathered = dist.gather_rows(parts)
+
+    @torch.no_grad()
+    def measure(images: Tensor, labels: Tensor, batch: np.ndarray) -> dict[str, Tensor]:
+        """All metrics, for the posterior mean and for a sample."""
+        metrics = {"real_features": inception_features(model, images, args.resize)}
+        posterior = run.tokenizer.encode(to_float(images))
+        noise = next(per_sample_noise(args.seed, batch, posterior.mean.shape[1:], dist.device))
+        for name, z in (("mean", posterior.mean), ("sampled", posterior.sample(noise))):
+            recons = to_uint8(run.tokenizer.decode(z))
+            metrics[f"features_{name}"] = inception_features(model, recons, args.resize)
+            for metric in (psnr, ssim, ssim_softvq):
+                metrics[f"{metric.__name__}_{name}"] = metric(images, recons)
+            if lpips is not None:
+                distance = lpips(to_float(recons), to_float(images))
+                metrics[f"lpips_{name}"] = distance.double()
+        return metrics
+
+    gathered = measure_all(dist, data, indices, "reconstructions", measure)
     if not dist.is_main:
         return
-    with as_user_error(f"{args.data}: "):
-        real = mean_cov(gathered.pop("real_features"))
     values = {}
-    for name, rows in gathered.items():
-        is_features = rows.ndim == 2
-        values[name] = (
-            frechet_distance(*mean_cov(rows), *real) if is_features else rows.mean().item()
-        )
+    with as_user_error(f"{args.data}: "):
+        real_stats = mean_cov(gathered.pop("real_features"))
+        for name in ("mean", "sampled"):
+            fake_stats = mean_cov(gathered.pop(f"features_{name}"))
+            values[f"rfid_{name}"] = frechet_distance(*fake_stats, *real_stats)
+    values |= {name: rows.mean().item() for name, rows in gathered.items()}
+    for problem in fid.find_few(args.data, len(indices)):
+        warn(problem)
+    if was_trained_on and not args.held_out:
+        warn("the run was trained on these images; --held_out takes only what it held out")
     report = describe_evaluation("rfid", args, run, data, len(indices))
     report |= {"values": values, "protocol": protocol, "seed": args.seed}
     report["held_out_only"] = args.held_out
-    warn_about_rfid(args, run, data, len(indices))
     fid.write_report(report, args.report or default_output(args.run, "rfid.json"))
 
 
-@torch.no_grad()
-def measure_reconstructions(
-    run: TrainedRun,
-    model: fid.InceptionV3,
-    lpips: LPIPS | None,
-    images: Tensor,
-    indices: np.ndarray,
-    args: argparse.Namespace,
-) -> dict[str, Tensor]:
-    """All metrics of a batch of images uint8 (b, 3, S, S), for the posterior mean and a sample."""
-    metrics = {"real_features": inception_features(model, images, args.resize)}
-    posterior = run.tokenizer.encode(to_float(images))
-    noise = next(per_sample_noise(args.seed, indices, posterior.mean.shape[1:], images.device))
-    for name, z in (("mean", posterior.mean), ("sampled", posterior.sample(noise))):
-        recons = to_uint8(run.tokenizer.decode(z))
-        metrics[f"rfid_{name}"] = inception_features(model, recons, args.resize)
-        for metric in (psnr, ssim, ssim_softvq):
-            metrics[f"{metric.__name__}_{name}"] = metric(images, recons)
-        if lpips is not None:
-            distance = lpips(to_float(recons), to_float(images))
-            metrics[f"lpips_{name}"] = distance.double()
-    return metrics
-
-
-def warn_about_rfid(args: argparse.Namespace, run: TrainedRun, data, count: int) -> None:
-    """Say where a figure cannot be what it is called."""
-    if count <= 2048:
-        warn(
-            f"{args.data}: {count} images are too few for a full-rank covariance of 2048 "
-            "dimensions; rFID is usually computed from 50,000"
-        )
-    trained_on_same = data.fingerprint == run.checkpoint_info.get("images")
-    if trained_on_same and not args.held_out:
-        warn("the run was trained on these images; --held_out takes only what it held out")
-
-
-@torch.no_grad()
 def probe(args: argparse.Namespace, dist: Distributed) -> None:
-    """accuracy of a linear classifier on the posterior means of a folder's images"""
+    """Train a linear classifier on the latents of a folder's images.
+
+    It is fitted to the posterior means of nine tenths of the images, and tested on the others.
+    """
     run = load_run(args.run, dist.device)
     data = open_dataset(args.data, run.config.image_size)
     if len(data.classes) < 2 or len(data) < 20:
@@ -248,13 +264,13 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
             f"{args.data} has {len(data)} images in {len(data.classes)} classes; a probe needs at "
             "least 20 in 2"
         )
-    parts = []
-    batches = dist.shard(range(len(data)), fid.BATCH_SIZE)
-    for batch in progress(batches, "latents", dist.is_main):
-        images, labels = read_batch(data, batch)
-        posterior = run.tokenizer.encode(to_float(images.to(dist.device)))
-        parts.append({"latents": posterior.mean.flatten(1).cpu(), "labels": labels})
-    gathered = dist.gather_rows(parts)
+
+    @torch.no_grad()
+    def measure(images: Tensor, labels: Tensor, batch: np.ndarray) -> dict[str, Tensor]:
+        mean = run.tokenizer.encode(to_float(images)).mean
+        return {"latents": mean.flatten(1), "labels": labels}
+
+    gathered = measure_all(dist, data, np.arange(len(data)), "latents", measure)
     if not dist.is_main:
         return
     train, test = train_val_split(data.labels, len(data))
@@ -262,12 +278,12 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
     accuracy = linear_probe(x[train], y[train], x[test], y[test])
     report = describe_evaluation("probe", args, run, data, len(test))
     report["values"] = {"accuracy": accuracy}
-    report["protocol"] = {"solver": "ridge", "ridge": 0.01, "train": len(train), "test": len(test)}
+    report["protocol"] = {"solver": "ridge", "ridge": RIDGE, "train": len(train), "test": len(test)}
     fid.write_report(report, args.report or default_output(args.run, "probe.json"))
 
 
 def linear_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 0.01
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = RIDGE
 ) -> float:
     """The share of test (M, D) whose label a linear classifier finds, in float64.
 
@@ -287,22 +303,24 @@ def linear_probe(
 
 
 def stats(args: argparse.Namespace, dist: Distributed) -> None:
-    """mean and covariance of a folder's images, cropped as training crops them"""
+    """Write mean and covariance of a folder's images, cropped as training crops them."""
     data = ImageFolder(args.images, args.image_size)
     model, protocol = load_evaluator(args, dist)
-    parts = []
-    batches = dist.shard(range(len(data)), fid.BATCH_SIZE)
-    for batch in progress(batches, "features", dist.is_main):
+    running = fid.RunningStats()
+    for batch in progress(
+        dist.shard(np.arange(len(data)), fid.BATCH_SIZE), "features", dist.is_main
+    ):
         images, _ = read_batch(data, batch)
-        features = inception_features(model, images.to(dist.device), args.resize)
-        parts.append({"features": features})
-    gathered = dist.gather_rows(parts)
+        running.add(inception_features(model, images.to(dist.device), args.resize))
+    shards = dist.gather(running)
     if not dist.is_main:
         return
+    for other in shards[1:]:
+        running.merge(other)
     size = (args.image_size, args.image_size)
     about = {"N": len(data), "hash": f"{data.fingerprint} at {args.image_size} px", "size": size}
     with as_user_error(f"{args.images}: "):
-        fid.save_stats(args.out, *mean_cov(gathered["features"]), about | protocol)
+        fid.save_stats(args.out, *running.mean_cov(), about | protocol)
     print(f"wrote {args.out}: mu and sigma of {len(data)} images")
 
 
@@ -321,7 +339,7 @@ def describe_evaluation(
 
 
 def compare(args: argparse.Namespace, dist: Distributed) -> None:
-    """any number of reports in one table, and which are not comparable with the first"""
+    """Print reports in one table, and say which are not comparable with the first."""
     settings = []  # of the sampler, one dict per report
     values = []
     protocols = []
@@ -375,7 +393,8 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function: Callable) -> Parser:
-        sub = commands.add_parser(function.__name__, help=function.__doc__)
+        summary = function.__doc__.splitlines()[0]
+        sub = commands.add_parser(function.__name__, help=summary)
         sub.set_defaults(function=function)
         return sub
 
@@ -419,7 +438,7 @@ def build_parser() -> Parser:
 def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     dist = Distributed.start(getattr(args, "device", None))
-    torch.set_float32_matmul_precision("highest")  # TF32 would show in the figures
+    torch.set_float32_matmul_precision("highest")  # TF32 would show in the values
     args.function(args, dist)
 
 

@@ -1,9 +1,8 @@
-"""What MAETok, l-DeTok and AlignTok add to MacTok's components. Who reads MacTok can pass over
-this.
+"""What MAETok, l-DeTok and AlignTok add to MacTok. Skip this file if you only want MacTok.
 
     MAETok     FeatureDecoder predicts features of hidden patches; MaskFeatHOG is one of its targets
     l-DeTok    GridEncoder and GridDecoder have one latent per patch; encode_visible drops hidden
-               patches; add_latent_noise
+               patches; add_latent_noise perturbs latents
     AlignTok   PretrainedEncoder is a teacher with an adapter; PreservationLoss holds its latents
 
 Section and equation numbers are those of the three papers. docs/family.md compares the systems.
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from align import check_range
+from masking import mask_to_pixels
 from tokenizer import Decoder, Encoder, Tokenizer, init_linear
 
 # --------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ class FeatureDecoder(nn.Module):
     """Predicts a target's patch features from z at hidden patches (MAETok section 3.2, eq. 7-8).
 
     loss_name   the loss is returned under this name
-    target      it compares with the patches of targets[target]
+    target      its prediction is compared with the patches of targets[target]
     decoder     z (B, L, C) -> (B, N, D)
     """
 
@@ -38,6 +38,7 @@ class FeatureDecoder(nn.Module):
         self.decoder = decoder
 
     def forward(self, z: Tensor, targets: dict, mask: Tensor) -> dict[str, Tensor]:
+        """z (B, L, C), targets[self.target] = anything, patches (B, N, D); mask (B, N)."""
         _, patches = targets[self.target]
         return {self.loss_name: masked_mse(self.decoder(z), patches, mask)}
 
@@ -87,7 +88,7 @@ class MaskFeatHOG(nn.Module):
         gx, gy = gradients.unflatten(0, (-1, 3)).unbind(dim=2)  # each (B, 3, H, H)
 
         # Each pixel votes for the bin of its orientation, modulo pi.
-        orientation = torch.atan2(gx, gy) / math.pi * self.NUM_BINS
+        orientation = torch.atan2(gx, gy) / math.pi * self.NUM_BINS  # in MaskFeat's order
         bins = orientation.floor().long() % self.NUM_BINS
         tiles = torch.arange(images.shape[-1], device=images.device) % len(self.window)
         window = self.window[tiles]
@@ -99,7 +100,8 @@ class MaskFeatHOG(nn.Module):
         cells = F.avg_pool2d(votes.flatten(1, 2), self.cell_size) * self.cell_size**2
         cells = F.normalize(cells.unflatten(1, (3, self.NUM_BINS)), dim=2)
         cells = cells.flatten(1, 2)  # (B, 27, H / cell_size, H / cell_size)
-        cells = cells.unflatten(-1, (self.grid_size, -1)).unflatten(-3, (self.grid_size, -1))
+        cells = cells.unflatten(-1, (self.grid_size, -1))
+        cells = cells.unflatten(-3, (self.grid_size, -1))  # (B, 27, grid, cells, grid, cells)
         patches = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, D)
         return patches.mean(dim=1), patches
 
@@ -153,7 +155,8 @@ def encode_visible(tokenizer: Tokenizer, images: Tensor, mask: Tensor, num_hidde
     num_patches = mask.shape[1]
     ids_keep = mask.byte().argsort(dim=1, stable=True)[:, : num_patches - num_hidden]
     posterior = tokenizer.bottleneck(tokenizer.encoder(images, mask, ids_keep))
-    return type(posterior)(*(place_visible(x, ids_keep, num_patches) for x in posterior))
+    placed = (place_visible(x, ids_keep, num_patches) for x in posterior)
+    return type(posterior)(*placed)
 
 
 def place_visible(x: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:
@@ -178,7 +181,8 @@ def add_latent_noise(z: Tensor, tau: Tensor, noise: Tensor, gamma: float = 3.0) 
 class PretrainedEncoder(nn.Module):
     """A teacher and an adapter of two layers on its patches (AlignTok section 3.2, eq. 3).
 
-    The adapter's second layer is the bottleneck's `proj`. Its hidden width is ours.
+    The adapter's second layer is the bottleneck's `proj`. Its hidden width, four times the
+    teacher's, is ours.
     """
 
     def __init__(self, teacher: nn.Module):
@@ -191,17 +195,16 @@ class PretrainedEncoder(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) -> (B, N, width). Hidden patches become gray before the teacher."""
         if mask is not None:
-            grid_size = math.isqrt(mask.shape[1])
-            hidden = mask.view(-1, 1, grid_size, grid_size).to(images.dtype)
-            images = images * (1 - F.interpolate(hidden, size=images.shape[-2:]))
+            images = images.masked_fill(mask_to_pixels(mask, images.shape[-1]), 0)
         _, patches = self.teacher(images)
         return self.adapter(patches)
 
 
 class PreservationLoss(nn.Module):
-    """The squared distance of z from the latents that the stage began with (its eq. 4)."""
+    """The squared distance of z from the latents that the stage began with (AlignTok eq. 4)."""
 
     def forward(self, z: Tensor, targets: dict, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """z (B, L, C), targets["reference"] = a posterior of (B, L, C)."""
         return {"preservation": F.mse_loss(z, targets["reference"].mean)}
 
 

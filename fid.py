@@ -1,12 +1,12 @@
 """How good images are: FID, Inception Score, precision and recall, PSNR and SSIM.
 
     python fid.py samples.npz reference.npz           # FID, Inception Score, precision and recall
-    python fid.py --save_stats folder stats.npz       # mean and covariance of images, for later use
+    python fid.py folder --save_stats stats.npz       # mean and covariance, to be a reference later
 
-This file works when it is copied alone; it needs torch, numpy, pillow and tqdm. Samples and
-references are folders of images of one size, .npz files of images as ADM's evaluator takes them
-(arr_0, uint8, (N, H, W, 3)), or .npz files of statistics (mu, sigma). evaluate.py measures runs of
-train.py.
+This file works when it is copied alone, which is why it has some small helpers of its own; it needs
+torch, numpy, pillow and tqdm. Samples and references are folders of images of one size, .npz files
+of images as ADM's evaluator takes them (arr_0, uint8, (N, H, W, 3)), or .npz files of statistics
+(mu, sigma). evaluate.py measures runs of train.py.
 
 Images go through the Inception-v3 of the 2015 TensorFlow graph, with the weights of pytorch-fid.
 They are resized as TensorFlow 1 did, which is what ADM's evaluator sees, or as pytorch-fid does it.
@@ -110,10 +110,10 @@ def ssim(
 def ssim_softvq(a: Tensor, b: Tensor, data_range: float = 255.0) -> Tensor:
     """SSIM as SoftVQ-VAE's public script computes it, on whose scale the paper's tables lie.
 
-    It has a uniform window of 7 px and constants for twice the range that the images have, and lies
-    about 0.1 above `ssim` at 25 dB.
+    It has a uniform window of 7 px and constants for twice the actual range of the images. At 25 dB
+    it is about 0.1 above `ssim`.
     """
-    sample_covariance = 49 / 48
+    sample_covariance = 49 / 48  # N / (N - 1) makes the covariance of 7 x 7 pixels unbiased
     return ssim(a, b, 2 * data_range, torch.ones(7).double(), sample_covariance)
 
 
@@ -134,6 +134,41 @@ def mean_cov(features: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
             f"with {num_nonfinite} not finite"
         )
     return features.mean(dim=0).cpu().numpy(), features.T.cov().cpu().numpy()
+
+
+class RunningStats:
+    """Mean and covariance of features that come in batches, so that no feature has to be kept.
+
+    It holds sums in float64: the number of images, of their features (D,) and of the features'
+    outer products (D, D). Those of several processes can be merged.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.total = torch.zeros(1)
+        self.products = torch.zeros(1, 1)
+
+    def add(self, features: Tensor) -> None:
+        """features (B, D)."""
+        features = features.double()
+        self.count += len(features)
+        self.total = self.total + features.sum(dim=0)
+        self.products = self.products + features.T @ features
+
+    def merge(self, other: "RunningStats") -> None:
+        self.count += other.count
+        self.total = self.total + other.total
+        self.products = self.products + other.products
+
+    def mean_cov(self) -> tuple[np.ndarray, np.ndarray]:
+        """As the function `mean_cov` of all features. Raises ValueError as it does."""
+        mean = self.total / self.count
+        cov = (self.products - self.count * mean[:, None] * mean) / (self.count - 1)
+        if not cov.isfinite().all():
+            raise ValueError(
+                f"features must be finite, of at least 2 images; these are of {self.count}"
+            )
+        return mean.cpu().numpy(), cov.cpu().numpy()
 
 
 def frechet_distance(
@@ -187,9 +222,8 @@ def precision_recall(
         radii = []
         for block in centers.split(block_size):
             distances = torch.cdist(block, centers)
-            radii.append(
-                distances.kthvalue(k + 1, dim=1).values
-            )  # the nearest is the center itself
+            nearest = distances.kthvalue(k + 1, dim=1)  # the very nearest is the center itself
+            radii.append(nearest.values)
         radii = torch.cat(radii)
         inside = []
         for block in points.split(block_size):
@@ -368,8 +402,8 @@ class InceptionV3(nn.Module):
 def inception_input(images: Tensor, resize: str = "tf1") -> Tensor:
     """images uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in about [-1, 1].
 
-    tf1          source index i * in / out, without a half-pixel shift; then (x - 128) / 128.
-                 This is what ADM's evaluator and torch-fidelity do
+    tf1          TensorFlow 1's bilinear resize, with the source index i * in / out and without a
+                 half-pixel shift; then (x - 128) / 128. ADM's evaluator and torch-fidelity do this
     pytorch-fid  bilinear with a half-pixel shift; then 2 x / 255 - 1
 
     Raises ValueError for images of another type and for other ways to resize.
@@ -388,12 +422,12 @@ def inception_input(images: Tensor, resize: str = "tf1") -> Tensor:
     return (x - 128) / 128
 
 
-def resize_tf1(x: Tensor, dim: int, size: int = 299) -> Tensor:
-    """Linear interpolation along one dimension as TensorFlow 1 computes it."""
+def resize_tf1(x: Tensor, dim: int) -> Tensor:
+    """Linear interpolation of one dimension to 299, as TensorFlow 1 computes it."""
+    size = 299
     length = x.shape[dim]
-    position = torch.arange(size, device=x.device, dtype=torch.float32) * torch.tensor(
-        length / size
-    )
+    ratio = torch.tensor(length / size)  # rounded to float32, as in TensorFlow
+    position = torch.arange(size, device=x.device, dtype=torch.float32) * ratio
     low = position.long()
     high = (low + 1).clamp(max=length - 1)
     left, right = x.index_select(dim, low), x.index_select(dim, high)
@@ -413,7 +447,7 @@ def inception_path(weights: str = "") -> Path:
 def download_inception(weights: str = "") -> Path:
     """Download the weights into torch hub's cache if they are missing -> where they are.
 
-    Raises ValueError if the file cannot be had.
+    Raises ValueError if the file cannot be downloaded.
     """
     path = inception_path(weights)
     if path.is_file():
@@ -496,7 +530,7 @@ class ImageSet:
     count       how many images there are, or 0
     size        their height and width
     stats       stored mean and covariance, or None
-    metadata    what is stored beside statistics: N, hash, resize
+    metadata    what is stored beside statistics: N, hash, size, resize, weights
 
     Raises ValueError for anything else.
     """
@@ -627,10 +661,11 @@ def read_npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_1_0(file)
 
 
-def compute_features(images: ImageSet, model: InceptionV3, resize: str) -> Tensor:
-    """pool3 (N, 2048) of all images of a set."""
+def compute_features(images: ImageSet, model: InceptionV3, resize: str) -> Iterator[Tensor]:
+    """pool3 (b, 2048) of each batch of a set."""
     bar = tqdm(images.batches(), f"features of {images.path}", total=-(-images.count // BATCH_SIZE))
-    return torch.cat([inception_features(model, batch, resize) for batch in bar])
+    for batch in bar:
+        yield inception_features(model, batch, resize)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -647,8 +682,11 @@ def evaluate_samples(
     that are sorted by class would have a much lower score. `model` may be None if both sets are
     statistics.
     """
-    fake = compute_features(samples, model, resize) if samples.count else None
-    real = compute_features(reference, model, resize) if reference.count else None
+    fake, real = None, None
+    if samples.count:
+        fake = torch.cat(list(compute_features(samples, model, resize)))
+    if reference.count:
+        real = torch.cat(list(compute_features(reference, model, resize)))
     fake_stats = samples.stats or mean_cov(fake)
     real_stats = reference.stats or mean_cov(real)
     values = {"fid": frechet_distance(*fake_stats, *real_stats)}
@@ -666,15 +704,22 @@ def evaluate_samples(
     return values
 
 
+def find_few(path: str | Path, count: int) -> list[str]:
+    """A sentence if these are too few images for FID."""
+    if count > 2048:
+        return []
+    return [
+        f"{path}: {count} images are too few for a full-rank covariance of 2048 dimensions; FID is "
+        "usually computed from 50,000"
+    ]
+
+
 def find_problems(samples: ImageSet, reference: ImageSet) -> list[str]:
-    """Why a figure may not be what it is called, in sentences."""
+    """Why a value may not be what it is called, in sentences."""
     problems = []
     for images in (samples, reference):
-        if 0 < images.count <= 2048 and not images.stats:
-            problems.append(
-                f"{images.path}: {images.count} images are too few for a full-rank covariance of "
-                "2048 dimensions; FID is usually computed from 50,000"
-            )
+        if images.count and not images.stats:
+            problems += find_few(images.path, images.count)
     sizes = [images.size or images.metadata.get("size") for images in (samples, reference)]
     if None not in sizes and tuple(sizes[0]) != tuple(sizes[1]):
         (height, width), (ref_height, ref_width) = sizes
@@ -691,14 +736,16 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("samples", help="folder or .npz of samples; with --save_stats the images to summarize")
-    add("reference", help="folder or .npz of the reference; with --save_stats the .npz to write")
-    add("--save_stats", action="store_true", help="write mean and covariance of the first argument")
+    add("samples", help="folder or .npz of samples")
+    add("reference", nargs="?", help="folder or .npz of the reference")
+    add("--save_stats", default="", metavar="FILE", help="write mean and covariance of the samples")
     add("--resize", default="tf1", choices=RESIZE_MODES, help="how images are resized to 299 px")
     add("--weights", default="", metavar="FOLDER", help="folder with Inception's weights")
     add("--report", default="", metavar="FILE", help="file to write (default: SAMPLES.fid.json)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(arguments)
+    if not (args.reference or args.save_stats):
+        parser.error("a reference is required, or --save_stats FILE")
     samples = ImageSet(args.samples)
     if args.save_stats:
         make_stats(samples, args)
@@ -707,16 +754,20 @@ def main(arguments: list[str]) -> None:
 
 
 def make_stats(samples: ImageSet, args: argparse.Namespace) -> None:
+    """Write statistics of the samples, to be a reference later."""
     if not samples.count:
         raise ValueError(f"{args.samples} holds statistics already")
     model = load_inception(args.weights, args.device)
-    mean, cov = mean_cov(compute_features(samples, model, args.resize))
+    running = RunningStats()
+    for features in compute_features(samples, model, args.resize):
+        running.add(features)
     about = samples.describe() | describe_protocol(args.resize, args.weights)
-    save_stats(args.reference, mean, cov, about)
-    print(f"wrote {args.reference}: mu and sigma of {samples.count} images")
+    save_stats(args.save_stats, *running.mean_cov(), about)
+    print(f"wrote {args.save_stats}: mu and sigma of {samples.count} images")
 
 
 def make_report(samples: ImageSet, reference: ImageSet, args: argparse.Namespace) -> None:
+    """Measure samples against a reference, and write what was measured and how."""
     protocol = {}
     model = None
     if samples.count or reference.count:
@@ -724,10 +775,12 @@ def make_report(samples: ImageSet, reference: ImageSet, args: argparse.Namespace
         protocol = describe_protocol(args.resize, args.weights)
     for images in (samples, reference):  # statistics say how they were made
         for name in ("resize", "weights"):
-            value = images.metadata.get(name)
-            if value is not None and protocol.setdefault(name, value) != value:
-                this = protocol[name]
-                raise ValueError(f"{images.path} was made with {name} {value}, this is {this}")
+            made_with = images.metadata.get(name)
+            if made_with is None:
+                continue
+            expected = protocol.setdefault(name, made_with)
+            if made_with != expected:
+                raise ValueError(f"{images.path} was made with {name} {made_with}, not {expected}")
     for problem in find_problems(samples, reference):
         warn(problem)
     values = evaluate_samples(samples, reference, model, args.resize)
@@ -749,7 +802,7 @@ def make_report(samples: ImageSet, reference: ImageSet, args: argparse.Namespace
 
 
 def describe_protocol(resize: str, weights: str) -> dict:
-    """What a figure depends on besides the images. A file of other weights gives a warning."""
+    """What a value depends on besides the images. A file of other weights gives a warning."""
     sha256 = hash_file(inception_path(weights))
     if sha256 != INCEPTION_SHA256:
         warn(f"{inception_path(weights)} is not the official file: its SHA-256 is {sha256}")

@@ -1,5 +1,4 @@
-"""What keeps a tokenizer from collapsing, and what masks and alignment do: many short runs, with
-seeds.
+"""What keeps a tokenizer from collapsing, and what masks and alignment do: many short runs.
 
     python lab.py collapse --quick    # minutes on a laptop: fewer settings and steps, one seed
     python lab.py collapse            # KL weight x {nothing, masks, alignment} (paper fig. 5, 7)
@@ -34,7 +33,7 @@ from evaluate import linear_probe
 from options import parse_config
 from recipes import RECIPES, Config
 from sample import load_run, reconstruct
-from utils.console import Parser, UserError, as_user_error, bounded, progress, run_main, warn
+from utils.console import Parser, UserError, bounded, progress, run_main, warn
 from utils.data import evenly_spaced, open_dataset, read_batch, train_val_split
 from utils.distributed import Distributed
 from utils.files import atomic_write, load_torch, read_json, save_torch, write_text
@@ -233,45 +232,67 @@ def measure(folder: Path, device: torch.device) -> dict[str, float]:
 
 
 def read_cell(cell: Cell) -> dict | None:
-    """A finished run, or None.
+    """A finished run, as `read_run` has it, or None.
 
-    The dict holds the config's values, the measures, the last PSNR, "plots" (see `measure`) and
-    "curve": {step: line of the log} of the first stage.
+    Damaged records are set aside, and the run counts as unfinished: it is then measured again.
     """
     folder = cell.folder
     if not (folder / "cell.json").exists():
         return None
-    result = read_json(folder / "result.json")
+    try:
+        config_before, run = read_run(folder)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        warn(f"the records in {folder} are damaged ({error}); the run is measured again")
+        for name in ("cell.json", "result.json"):
+            if (folder / name).exists():
+                (folder / name).replace(folder / f"{name}.damaged")
+        return None
     config, _ = parse_config(cell.argv)
-    for name, before in result["config"].items():
-        now = getattr(config, name, None)
+    for name, before in config_before.items():
+        now = getattr(config, name, before)
         if name != "out_dir" and now != before:
             raise UserError(
                 f"{folder} was made with {name} {before}, now it is {now}; use another --out"
             )
+    return run | {"name": cell.name}
+
+
+def read_run(folder: Path) -> tuple[dict, dict]:
+    """The config of a finished run, and what tables and pictures need.
+
+    That is the config's values, the measures, the last PSNR, "plots" (see `measure`) and "curve":
+    {step: line of the log} of the first stage.
+    """
+    result = read_json(folder / "result.json")
     run = {}
     for value in result.values():
         if isinstance(value, dict):  # the config, and each stage in order
             run |= value
-    run |= {"name": cell.name, "curve": read_curve(folder / "log.jsonl")}
+    run |= {"curve": read_curve(folder / "log.jsonl")}
     run |= read_json(folder / "cell.json") | {"plots": load_torch(folder / "plots.pt")}
     if "generator" in result:
         run["distance"] = next(
             value for key, value in result["generator"].items() if key.startswith(("fid_", "hog_"))
         )
     sigma = (run["kl_weight"] * 3 * run["image_size"] ** 2 / 2) ** 0.5
-    return run | {"sigma": round(sigma, 2)}
+    run["sigma"] = round(sigma, 2)
+    return {**result["config"]}, run
 
 
 def read_curve(path: Path) -> dict[int, dict]:
-    """The log of the first stage by step. Of several lines on a step the last one counts."""
+    """The log of the first stage by step. Of several lines on a step the last one counts.
+
+    A line that is not whole, as a killed run may leave it, is passed over.
+    """
     curves = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
-        with as_user_error(f"{path} is damaged at line {number}; move its folder away: "):
+    for text in path.read_text().splitlines():
+        try:
             line = json.loads(text)
             steps = curves.setdefault(line["stage"], {})
             steps.setdefault(line["step"], {}).update(line)
-    return next(iter(curves.values()))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return next(iter(curves.values()), {})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What a reconstruction is compared with besides its pixels (paper eq. 7, section 4.1, B.1).
+"""The losses on reconstructions other than MSE (MacTok eq. 7, section 4.1, B.1).
 
     LPIPS            distance between VGG16 features, official weights
     Discriminator    small trained heads on features of a frozen DINO
     GANLoss          the discriminator with its regularizers: DiffAugment, consistency, LeCam
     AdaptiveWeight   VQGAN's ratio of gradient norms
-    pull_back        turns a loss on pixels into a scalar whose gradient flows into the decoder
+    pull_back        continues the gradient of a loss on a detached reconstruction
 
 Nothing here knows about training steps: train.py decides when a loss counts. Images are (B, 3, H,
 W) in [-1, 1]. Frozen networks are passed as arguments: `backbone(images)` returns a list of feature
@@ -37,7 +37,7 @@ class LPIPS(nn.Module):
 
     # Output channels of VGG16's convolutions up to relu5_3; 0 stands for a max pool.
     VGG_LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-    # relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, counted among VGG16's layers: their channels.
+    # Index among VGG16's layers -> channels, of relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
     LAYER_IDS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
 
     def __init__(self):
@@ -62,7 +62,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """-> five maps (B, C, h, w) of unit vectors, float32."""
+        """images (B, 3, H, W) -> five maps (B, C, h, w) of unit vectors, float32."""
         x = (images - self.shift) / self.scale
         feats = []
         for i, layer in enumerate(self.vgg["features"]):
@@ -113,7 +113,7 @@ class SpectralNormConv2d(nn.Conv2d):
 
 
 class DiscHead(nn.Module):
-    """Features of one layer (B, D, h, w) -> one logit per place (B, h w)."""
+    """Features of one layer (B, D, h, w) -> one logit per position (B, h w)."""
 
     def __init__(self, width: int, hidden_dim: int = 128):
         super().__init__()
@@ -154,18 +154,21 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def consistency_loss(weak: Tensor, strong: Tensor) -> Tensor:
-    """Squared difference between the logits of two augmentations of the same images (bCR).
+    """Squared difference between the logits of two augmentations of the same images.
 
-    Logits are (B, num_layers, N), Zhao et al. 2020. They are averaged over the N places first
-    (ours), because translation and cutout move and remove patches, which then have no counterpart.
+    This is balanced consistency regularization (Zhao et al. 2020). Logits are (B, num_layers, N).
+    They are averaged over the N positions first (ours), because translation and cutout move and
+    remove patches, which then have no counterpart.
     """
     return (weak.mean(dim=2) - strong.mean(dim=2)).square().mean()
 
 
 def lecam_loss(real: Tensor, fake: Tensor, ema_logits: Tensor) -> Tensor:
-    """LeCam regularization: pull logits towards the other side's average (Tseng et al. 2021).
+    """LeCam regularization (Tseng et al. 2021).
 
-    E max(0, real - ema_fake)^2 + E max(0, ema_real - fake)^2; ema_logits (2,) = ema_real, ema_fake.
+    It penalizes real logits above the average fake logit, and fake logits below the average real
+    one: E max(0, real - ema_fake)^2 + E max(0, ema_real - fake)^2; ema_logits (2,) = ema_real,
+    ema_fake.
     """
     ema_real, ema_fake = ema_logits
     return F.relu(real - ema_fake).square().mean() + F.relu(ema_real - fake).square().mean()
@@ -193,7 +196,10 @@ def diff_augment(images: Tensor, rand: Tensor, strong: bool) -> Tensor:
 def jitter_color(
     images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor
 ) -> Tensor:
-    """Each (B,), uniform in [0, 1); 0.5 leaves an image as it is."""
+    """Each of the three is (B,), uniform in [0, 1); 0.5 leaves an image as it is.
+
+    Brightness is shifted by up to 0.5, saturation scaled by 0 to 2, and contrast by 0.5 to 1.5.
+    """
     brightness, saturation, contrast = (
         x.view(-1, 1, 1, 1) for x in (brightness, saturation, contrast)
     )
@@ -258,7 +264,7 @@ class GANLoss(nn.Module):
         rand         (B, 4, NUM_AUG_PARAMS), uniform
         with_g_loss  if False, the decoder's loss is 0 and costs nothing
 
-        The discriminator's loss has a gradient for its own parameters only. The discriminator and
+        The discriminator's loss updates only the discriminator. The discriminator and
         the decoder see the same reconstructions (ours).
         """
         with torch.set_grad_enabled(with_g_loss):
@@ -321,11 +327,11 @@ class AdaptiveWeight(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("value", torch.zeros(()))
+        self.register_buffer("value", torch.zeros(()))  # so the first step has no such gradient
         self.grad_sums = None  # of the two losses, over this process's micro batches of the step
 
     def observe(self, rec_loss: Tensor, other_loss: Tensor, layer: Tensor) -> None:
-        """Measure both gradients at `layer`, a weight matrix, on one micro batch."""
+        """Measure both gradients at `layer`, a weight (out, in), on one micro batch."""
         grads = [
             torch.autograd.grad(loss, layer, retain_graph=True)[0]
             for loss in (rec_loss, other_loss)
@@ -335,7 +341,7 @@ class AdaptiveWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, batch_mean: Callable[[Tensor], Tensor]) -> None:
-        """End a step: set the weight for the next one. Zero and NaN leave it as it is."""
+        """End a step: set the weight for the next one, unless a gradient is zero or not finite."""
         if self.grad_sums is None:  # nothing was observed
             return
         rec_grad, other_grad = batch_mean(self.grad_sums)
@@ -347,11 +353,13 @@ class AdaptiveWeight(nn.Module):
 
 
 def pull_back(recon: Tensor, recon_leaf: Tensor, loss: Tensor) -> Tensor:
-    """A scalar whose gradient before `recon` is that of `loss`, a function of its detached copy.
+    """Continue the gradient of a loss on a detached copy of the reconstruction.
 
-    With g = d loss / d recon_leaf, d/dw sum(recon * g) = (d recon / dw)^T g, the chain rule. So
-    several losses can be weighed at the decoder's last layer, and LPIPS, DINO and the discriminator
-    are differentiated only once. The value of the scalar has no meaning.
+    recon (B, 3, H, W), recon_leaf its detached copy, loss a scalar function of that. Returns
+    sum(recon * g) with the constant g = d loss / d recon_leaf. By the chain rule, its gradient for
+    all that produced recon is that of loss; its value has no meaning. So several losses can be
+    weighed at the decoder's last layer, while LPIPS, DINO and the discriminator are differentiated
+    once.
     """
     (grad,) = torch.autograd.grad(loss, recon_leaf)
     return (recon * grad).sum()

@@ -1,17 +1,20 @@
-"""Which patches to hide from the encoder (paper section 3.2).
+"""Which patches MacTok hides from the encoder (arXiv 2603.29634, section 3.2).
 
 A mask is a bool tensor (B, N) in which True means hidden. Every image has its own ratio m, and
 exactly round(m N) of its patches are hidden:
 
     ratio = sample_mask_ratio(u)                             u (B,), uniform in [0, 1)
     mask = random_mask(ratio, noise)                         any patches; noise (B, N), uniform
-    mask = semantic_mask(ratio, scores)                      the patches that tell most
+    mask = semantic_mask(ratio, scores)                      those most like the whole image
     mask = mixed_mask(ratio, noise, scores, mix)             one or the other; mix (B,), uniform
     scores = cls_similarity(cls, patches)                    from a teacher's features (align.py)
 
-All functions are pure: the random numbers are arguments. `python masking.py` draws some masks.
+All functions are pure: the random numbers are arguments. In comments, "ours" marks a choice that
+the paper does not state, and "config" one from the public configurations that it follows
+(docs/sources.md). `python masking.py` draws some masks.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ from torch import Tensor
 def sample_mask_ratio(u: Tensor, max_ratio: float = 0.7, min_ratio: float = -0.1) -> Tensor:
     """u (B,), uniform in [0, 1) -> the ratio m = max(0, U(min_ratio, max_ratio)) of each image.
 
-    A negative lower end leaves some images whole: at -0.1 one image in 1 + 10 max_ratio (section
+    A negative lower end leaves some images whole: from -0.1 to 0.7, one image in eight (section
     3.2; l-DeTok eq. 5).
     """
     return (u * (max_ratio - min_ratio) + min_ratio).clamp(min=0)
@@ -34,6 +37,11 @@ def topk_mask(ratio: Tensor, scores: Tensor) -> Tensor:
     rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 is the highest score
     num_hidden = (ratio * scores.shape[1]).round()
     return rank < num_hidden[:, None]
+
+
+def no_mask(ratio: Tensor, noise: Tensor, scores: Tensor | None, mix: Tensor) -> Tensor:
+    """A mask (B, N) that hides nothing."""
+    return torch.zeros_like(noise, dtype=torch.bool)
 
 
 def random_mask(ratio: Tensor, noise: Tensor) -> Tensor:
@@ -64,12 +72,12 @@ class Mask(NamedTuple):
     """A row of MASKS."""
 
     function: Callable[..., Tensor]  # (ratio, noise, scores, mix) -> mask (B, N)
-    needs_scores: bool  # whether a teacher has to look at the images; without, scores is None
+    needs_scores: bool  # whether a teacher has to look at the images; if False, scores is None
 
 
 # To try another mask, write a function and give it a row here. It becomes a value of --mask.
 MASKS = {
-    "none": Mask(lambda ratio, noise, scores, mix: topk_mask(0 * ratio, noise), False),
+    "none": Mask(no_mask, False),
     "random": Mask(lambda ratio, noise, scores, mix: random_mask(ratio, noise), False),
     "semantic": Mask(lambda ratio, noise, scores, mix: semantic_mask(ratio, scores), True),
     "mixed": Mask(mixed_mask, True),
@@ -79,10 +87,18 @@ MASKS = {
 def mask_latents(z: Tensor, mask: Tensor) -> Tensor:
     """z (B, L, C), mask (B, L) -> z with zeros, the mean of the prior, where the mask is True.
 
-    Hiding latents from the decoder in place of patches from the encoder is the paper's failing
-    ablation (fig. 1). That hidden latents become zero is ours.
+    Hiding latents from the decoder, in place of patches from the encoder, is the ablation that the
+    paper shows to fail (fig. 1). That hidden latents become zero is ours.
     """
     return z.masked_fill(mask[..., None], 0)
+
+
+def mask_to_pixels(mask: Tensor, image_size: int) -> Tensor:
+    """mask (B, N) of a square grid of patches -> bool (B, 1, image_size, image_size)."""
+    grid_size = math.isqrt(mask.shape[1])
+    patch_size = image_size // grid_size
+    mask = mask.view(-1, 1, grid_size, grid_size)
+    return mask.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,23 @@ from sit import check_sampler, per_sample_noise
 from tokenizer import Tokenizer
 from utils.checkpoint import read_checkpoint
 from utils.console import Parser, UserError, as_user_error, bounded, progress, run_main, warn
-from utils.data import evenly_spaced, open_dataset, read_batch
-from utils.distributed import DEVICES, Distributed
-from utils.files import atomic_write, hash_file, hash_state_dict, read_json, save_torch, write_text
+from utils.data import evenly_spaced, open_dataset, read_ahead, read_batch
+from utils.distributed import DEVICES, PRECISIONS, Distributed
+from utils.files import (
+    atomic_write,
+    check_room,
+    hash_file,
+    hash_state_dict,
+    read_json,
+    save_torch,
+    write_npy_header,
+    write_text,
+)
 from utils.images import to_float, to_uint8, write_grid
+
+
+# The parts of a tokenizer that determine its latents.
+ENCODER_PARTS = ("encoder.", "bottleneck.")
 
 
 @dataclass
@@ -41,9 +54,10 @@ class TrainedRun:
     """The averaged models of a run, and what they were made with.
 
     classes           names; an empty list means that the run is unconditional
-    generator         None before its stage
-    checkpoint_info   file, stage, step, total steps, hashes of images and weights, for reports
+    generator         None if it has not been trained
+    checkpoint_info   file, stage, step, total steps, hashes of data and weights, for reports
     guide_model       another run's generator, see `load_guide`
+    use_bf16          for matrix products of the generator when it samples
     """
 
     config: Config
@@ -52,6 +66,7 @@ class TrainedRun:
     generator: nn.Module | None
     checkpoint_info: dict = field(default_factory=dict)
     guide_model: nn.Module | None = None
+    use_bf16: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +80,7 @@ class TrainedRun:
         guidance_interval: tuple[float, float] = (0.0, 0.7),
         timestep_shift: float | None = None,
     ) -> dict:
-        """Settings of `sit.sample`; those that are None are the run's own (interval: config, REPA).
+        """Settings of `sit.sample`. Those that are None are the run's own; the interval is REPA's.
 
         Raises UserError for impossible ones.
         """
@@ -99,6 +114,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     """An exported file, or the checkpoints in a run's folder, the latest stage first."""
     if path.is_file():
         return [path]
+    # Later stages first, of any recipe.
     stages = dict.fromkeys(name for stages in STAGES.values() for name in reversed(stages))
     names = [f"{stage}.pt" for stage in ("generator", *stages)]
     paths = [path / name for name in names if (path / name).exists()]
@@ -113,43 +129,43 @@ def find_checkpoints(path: Path) -> list[Path]:
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun:
     """The latest stage in a run's folder, or an exported file. Raises UserError if there is none.
 
-    generator.pt contains the tokenizer whose latents the generator knows. If the stage decoder has
-    been trained on since, its decoder is taken.
+    generator.pt contains the tokenizer whose latents the generator knows. The decoder of the last
+    image checkpoint, which may have been trained on since, replaces the one in it.
     """
     first, *others = find_checkpoints(Path(path))
     saved = read_checkpoint(first)
     has_generator = "tokenizer" in saved
-    weights = saved["tokenizer"] if has_generator else saved["ema"]
+    state = saved["tokenizer"] if has_generator else saved["ema"]
     latents_file = Path(path) / "latents.json"
     if not has_generator and latents_file.exists():
         metadata = read_json(latents_file)
         for name in ("latent_mean", "latent_std"):
-            weights[name] = torch.tensor(metadata[name])
+            state[name] = torch.tensor(metadata[name])
     if has_generator and others:
-        newer = read_checkpoint(others[0])["ema"]
-        for key, value in newer.items():
-            if key.startswith(("encoder.", "bottleneck.")) and not torch.equal(value, weights[key]):
+        last_image_state = read_checkpoint(others[0])["ema"]
+        for key, value in last_image_state.items():
+            if key.startswith(ENCODER_PARTS) and not torch.equal(value, state[key]):
                 raise UserError(
                     f"{others[0]} does not belong to {first}: their encoders differ; move one of "
                     "them away"
                 )
             if key.startswith("decoder."):
-                weights[key] = value
+                state[key] = value
 
     with as_user_error(f"{first}: "):
         config = Config(**saved["config"])
         tokenizer = build_tokenizer(config)
-        tokenizer.load_state_dict(weights)
+        tokenizer.load_state_dict(state)
         generator = None
         if has_generator:
             generator = build_generator(config, tokenizer, len(saved["classes"]))
             generator.load_state_dict(saved["ema"])
             generator = generator.to(device).eval()
-            weights = weights | {f"generator.{key}": w for key, w in saved["ema"].items()}
+            state = state | {f"generator.{key}": w for key, w in saved["ema"].items()}
     if saved["step"] < saved["total_steps"]:
         warn(f"{first} is unfinished, at step {saved['step']} of {saved['total_steps']}")
     info = {"file": first.name} | {key: saved[key] for key in ("stage", "step", "total_steps")}
-    info |= {"images": saved["identity"].get("images"), "weights": hash_state_dict(weights)}
+    info |= {"data": saved["identity"].get("data"), "weights": hash_state_dict(state)}
     tokenizer = tokenizer.to(device).eval()
     return TrainedRun(config, saved["classes"], tokenizer, generator, info)
 
@@ -160,14 +176,16 @@ def load_guide(path: str, run: TrainedRun) -> nn.Module:
     Raises UserError unless it was trained on the same latents and classes.
     """
     other = load_run(path, run.device)
-    other_latents = other.tokenizer.denormalize(torch.ones(1, device=run.device))
-    same = (
+    ours, theirs = run.tokenizer, other.tokenizer
+    fits = (
         other.generator is not None
         and len(other.classes) == len(run.classes)
-        and hash_encoder(other.tokenizer) == hash_encoder(run.tokenizer)
-        and (run.tokenizer.normalize(other_latents) - 1).abs().max() <= 0.01
+        and hash_encoder(theirs) == hash_encoder(ours)
+        # Processes and devices may round the statistics of the same latents differently.
+        and ours.normalize(theirs.latent_mean).abs().max() <= 0.01
+        and (theirs.latent_std / ours.latent_std - 1).abs().max() <= 0.01
     )
-    if not same:
+    if not fits:
         raise UserError(
             f"--guide {path} needs a generator.pt for {len(run.classes)} classes, trained on the "
             "latents of this run's encoder"
@@ -178,8 +196,7 @@ def load_guide(path: str, run: TrainedRun) -> nn.Module:
 def hash_encoder(tokenizer: Tokenizer) -> str:
     """SHA-256 of the weights that determine the latents."""
     state = tokenizer.state_dict()
-    parts = ("encoder.", "bottleneck.")
-    return hash_state_dict({key: w for key, w in state.items() if key.startswith(parts)})
+    return hash_state_dict({key: w for key, w in state.items() if key.startswith(ENCODER_PARTS)})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,16 +207,18 @@ def hash_encoder(tokenizer: Tokenizer) -> str:
 def generate(
     run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **settings
 ) -> Tensor:
-    """Samples number `indices` of a seed, with labels (b,) -> uint8 (b, 3, S, S)
+    """Generate the samples with these indices for labels (b,).
 
-    For the settings see TrainedRun.sampler_settings.
+    Returns uint8 (b, 3, S, S), where S is the image size. The settings are those of
+    TrainedRun.sampler_settings.
     """
     settings = run.sampler_settings(**settings)
     shape = (run.tokenizer.num_latent_tokens, run.tokenizer.latent_dim)
-    noise = per_sample_noise(seed, indices, shape, run.device)
+    noise = read_ahead(per_sample_noise(seed, indices, shape, run.device))
     if run.guide_model is not None:
         settings = settings | {"guide_model": run.guide_model}
-    x = run.generator.sample(noise, labels.to(run.device), **settings)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.use_bf16):
+        x = run.generator.sample(noise, labels.to(run.device), **settings)
     z = run.tokenizer.denormalize(x.float())
     return to_uint8(run.tokenizer.decode(z))
 
@@ -246,20 +265,15 @@ def write_npz(
         images = generate(run, torch.from_numpy(labels[rows]), list(rows), seed, **settings)
         return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    def make_round(first: int) -> list | None:
-        return dist.gather(make_batch(first + dist.rank))
-
     if not dist.is_main:
         for first in rounds:
-            make_round(first)
+            dist.gather(make_batch(first + dist.rank))
         return
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False}
-            shape = (count, image_size, image_size, 3)
-            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+            write_npy_header(file, np.dtype(np.uint8), (count, image_size, image_size, 3))
             for first in progress(rounds, "samples"):
-                for batch in make_round(first):
+                for batch in dist.gather(make_batch(first + dist.rank)):
                     if batch is not None:
                         file.write(batch.tobytes())
         with archive.open("arr_1.npy", "w") as file:
@@ -300,7 +314,7 @@ def default_output(run: str, name: str) -> Path:
 def export(run: TrainedRun, path: str) -> None:
     """Write the averaged models alone, as a checkpoint that `load_run` reads."""
     info = {key: run.checkpoint_info[key] for key in ("stage", "step", "total_steps")}
-    identity = {"images": run.checkpoint_info["images"]}
+    identity = {"data": run.checkpoint_info["data"]}
     content = info | {"config": asdict(run.config), "classes": run.classes, "identity": identity}
     if run.generator is None:
         content |= {"ema": run.tokenizer.state_dict()}
@@ -329,11 +343,17 @@ def build_parser() -> Parser:
     add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
     add("--guidance", type=float, help="scale, 1 is none (default: the run's; paper: 2.3)")
     add(
-        "--interval", type=float, nargs=2, default=(0.0, 0.7), metavar="T", help="guide for t in it"
+        "--interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.7),
+        metavar="T",
+        help="guidance is on for t in it",
     )
-    add("--shift", type=float, help="shift of heun's and euler's time steps (default: its own)")
+    add("--shift", type=float, help="shift of an ODE solver's steps (default: the generator's)")
     add("--guide", default="", metavar="RUN", help="a weaker run, for autoguidance (MAETok 4.5)")
-    add("--seed", type=bounded(int, 0), default=0, help="of the noise")
+    add("--seed", type=bounded(int, 0), default=0, help="seed of the noise")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the generator's products")
     add("--device", choices=DEVICES, help="default: cuda if there is a GPU, else cpu")
     return parser
 
@@ -357,9 +377,10 @@ def main(arguments: list[str]) -> None:
 
     if run.generator is None:
         raise UserError(
-            f"{args.run} has no generator.pt yet, so it can only --reconstruct; train its stage "
-            "generator to sample"
+            f"{args.run} has no generator.pt yet, so it can only --reconstruct; train its "
+            "generator stage to sample"
         )
+    run.use_bf16 = args.precision == "bf16"
     classes = parse_classes(args.classes, run.classes)
     if args.guide:
         run.guide_model = load_guide(args.guide, run)
@@ -369,6 +390,7 @@ def main(arguments: list[str]) -> None:
     path = Path(args.out or default_output(args.run, "samples.npz" if args.npz else "samples.png"))
     if args.npz:
         count = args.npz
+        check_room(path, count * 3 * run.config.image_size**2, "samples")
         write_npz(run, classes, count, args.batch_size, path, dist, args.seed, settings)
     else:
         classes = classes if args.classes else classes[:10]
@@ -383,6 +405,7 @@ def main(arguments: list[str]) -> None:
             "count": count,
             "classes": classes,
             "seed": args.seed,
+            "precision": args.precision,
             "hash": hash_file(path),
         }
         write_text(json.dumps(record | settings, indent=1), f"{path}.json")

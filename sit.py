@@ -1,15 +1,10 @@
-"""Flow-matching transformers on latent tokens: SiT and LightningDiT (paper section 4.1 and B.2).
+"""Flow-matching transformers on latent tokens: SiT and LightningDiT (MacTok section 4.1 and B.2).
 
 Time has one direction in this project: t = 0 is data, t = 1 is noise.
 
     x_t = (1 - t) x + t noise        the linear path
     v   = d x_t / d t = noise - x    the velocity, which the network predicts
     sampling integrates v from t = 1 down to t = 0
-
-A generator is a module with two methods, so that another kind can take its place:
-
-    generator.loss(x, y, rng)                     losses (B,) of normalized latents x (B, L, C)
-    generator.sample(noise, y, **settings)        latents (B, L, C) from noise
 
 Labels y (B,) are int64 in [0, num_classes]. The label num_classes is the null label, which stands
 for "no class": classifier-free guidance and data without classes use it.
@@ -57,6 +52,48 @@ def get_pos_embed(num_tokens: int, width: int, is_2d: bool) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# What every generator has.
+
+
+class Generator(nn.Module):
+    """A network forward(x, t, y) that predicts velocities, how it is trained, and how it samples.
+
+    To try another generator, write a subclass with __init__(num_tokens, latent_dim, num_classes,
+    size, is_2d), which sets null_label to num_classes, and with forward; then give it a row in
+    GENERATORS. A generator of another kind overrides loss and sample, too. Transformer blocks
+    belong into `self.blocks`, where torch.compile and Muon look for them.
+    """
+
+    betas = (0.9, 0.999)  # of AdamW (config: SiT)
+    cosine_weight = 0.0  # weight of a cosine loss that is added to the squared error
+    default_solver = "sde"  # (config: REPA)
+    default_shift = 1.0  # no shift of the ODE solvers' time steps
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, C), t (B,) in [0, 1], y (B,) -> velocity (B, L, C)."""
+        raise NotImplementedError
+
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniform numbers (B,) -> training times (B,): uniform for SiT (config)."""
+        return u
+
+    def loss(self, x: Tensor, y: Tensor, rng) -> Tensor:
+        """The flow-matching loss (B,) of normalized latents x (B, L, C) with labels y (B,).
+
+        `rng` draws for the rows of the batch: rng.rand(*shape) is uniform, rng.randn(*shape) is
+        normal, both of shape (B, *shape) (utils/random.py).
+        """
+        t = self.sample_t(rng.rand())
+        noise = rng.randn(*x.shape[1:])
+        y = drop_labels(y, self.null_label, rng.rand())
+        return flow_matching_loss(self, x, y, t, noise, self.cosine_weight)
+
+    def sample(self, noise: Iterator[Tensor], y: Tensor, **settings) -> Tensor:
+        """Latents (B, L, C) for labels y (B,); see the function `sample` below for the settings."""
+        return sample(self, noise, y, self.null_label, **settings)
+
+
+# --------------------------------------------------------------------------------------------------
 # SiT.
 
 
@@ -98,8 +135,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiT(nn.Module):
-    """The velocity v(x, t, y), and how to train it and sample from it.
+class SiT(Generator):
+    """A transformer that is conditioned on time and label by adaLN-Zero (Ma et al. 2024).
 
     num_tokens    L
     latent_dim    C
@@ -107,14 +144,8 @@ class SiT(nn.Module):
     size          a key of GENERATOR_SIZES
     is_2d         True if the tokens are a square grid, row by row
 
-    The parameter names are those of released 1D SiT files (see `convert_checkpoint`). What
-    LightningDiT does in another way is in methods of its own, and in the class attributes here.
+    The parameter names are those of released 1D SiT files (see `convert_checkpoint`).
     """
-
-    betas = (0.9, 0.999)  # of its AdamW (config: SiT)
-    cosine_weight = 0.0  # of a cosine loss beside the squared error
-    default_solver = "sde"  # (config: REPA)
-    default_shift = 1.0  # no shift of the ODE solvers' time steps
 
     def __init__(
         self,
@@ -134,10 +165,10 @@ class SiT(nn.Module):
         self.t_embedder = nn.ModuleDict({"mlp": t_mlp})
         table = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
-        pos_embed = self.get_pos_embed(num_tokens, width, is_2d)
+        pos_embed = self.make_pos_embed(num_tokens, width, is_2d)
         self.pos_embed = nn.Parameter(pos_embed[None], requires_grad=False)
-        rope = get_pos_embed(num_tokens, width // num_heads, is_2d)
-        self.blocks = nn.ModuleList(self.make_block(width, num_heads, rope) for _ in range(depth))
+        sizes = (width, num_heads, num_tokens, is_2d)
+        self.blocks = nn.ModuleList(self.make_block(*sizes) for _ in range(depth))
         self.final_layer = FinalLayer(width, latent_dim, lambda: self.make_norm(width))
         self.initialize_weights()
 
@@ -151,27 +182,21 @@ class SiT(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    # What LightningDiT replaces.
+    # LightningDiT overrides these three methods.
 
     def make_norm(self, width: int) -> nn.Module:
         return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
-    def make_block(self, width: int, num_heads: int, rope: Tensor) -> nn.Module:
+    def make_block(self, width: int, num_heads: int, num_tokens: int, is_2d: bool) -> nn.Module:
         attn = Attention(width, num_heads)
         mlp = Mlp(width, 4 * width, width, gelu="tanh")
         return SiTBlock(width, lambda: self.make_norm(width), attn, mlp)
 
-    def get_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
+    def make_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
+        """(L, width)."""
         return get_pos_embed(num_tokens, width, is_2d)
 
-    def sample_t(self, u: Tensor) -> Tensor:
-        """Uniform numbers (B,) -> training times (B,): uniform for SiT (config)."""
-        return u
-
-    # The network, its loss and its samples.
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (B, L, C), t (B,) in [0, 1], y (B,) -> velocity (B, L, C)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         t_embedding = self.t_embedder["mlp"](timestep_embedding(t))
         y_embedding = self.y_embedder["embedding_table"](y)
@@ -179,21 +204,6 @@ class SiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         return self.final_layer(x, condition)
-
-    def loss(self, x: Tensor, y: Tensor, rng) -> Tensor:
-        """The flow-matching loss (B,) of normalized latents x (B, L, C) with labels y (B,).
-
-        `rng` draws for the rows of the batch: rng.rand(*shape) is uniform, rng.randn(*shape) is
-        normal, both of shape (B, *shape) (utils/random.py).
-        """
-        t = self.sample_t(rng.rand())
-        noise = rng.randn(*x.shape[1:])
-        y = drop_labels(y, self.null_label, rng.rand())
-        return flow_matching_loss(self, x, y, t, noise, self.cosine_weight)
-
-    def sample(self, noise: Iterator[Tensor], y: Tensor, **settings) -> Tensor:
-        """Latents (B, L, C) for labels y (B,); see the function `sample` for the settings."""
-        return sample(self, noise, y, self.null_label, **settings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ class RoPEAttention(Attention):
         return super().attend(self.apply_rope(q), self.apply_rope(k), v)
 
     def apply_rope(self, x: Tensor) -> Tensor:
-        """x (B, heads, T, D / heads), whose neighboring channels are points (a, b) of a plane."""
+        """x (B, heads, T, D / heads) -> the same shape; neighboring channels are points (a, b)."""
         a, b = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
         rotated_a = a * self.cos - b * self.sin
         rotated_b = a * self.sin + b * self.cos
@@ -254,13 +264,16 @@ class LightningDiT(SiT):
     def make_norm(self, width: int) -> nn.Module:
         return nn.RMSNorm(width, eps=1e-6)
 
-    def make_block(self, width: int, num_heads: int, rope: Tensor) -> nn.Module:
+    def make_block(self, width: int, num_heads: int, num_tokens: int, is_2d: bool) -> nn.Module:
+        rope = get_pos_embed(num_tokens, width // num_heads, is_2d)
         attn = RoPEAttention(width, num_heads, rope)
         return SiTBlock(width, lambda: self.make_norm(width), attn, SwiGLU(width))
 
-    def get_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
+    def make_pos_embed(self, num_tokens: int, width: int, is_2d: bool) -> Tensor:
         """In the channel order of hustvl's code: columns before rows, sines before cosines."""
         pos_embed = get_pos_embed(num_tokens, width, is_2d)
+        # (L, 2, width / 4, 2): row or column, frequency, sine or cosine.
+        # (L, 1, width / 2, 2) in 1D.
         parts = pos_embed.unflatten(1, (2 if is_2d else 1, -1, 2)).flip(1)
         return parts.transpose(2, 3).flatten(1)
 
@@ -269,7 +282,6 @@ class LightningDiT(SiT):
         return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
 
-# To try another generator, write a class with `loss` and `sample` and give it a row here.
 GENERATORS = {"sit": SiT, "lightningdit": LightningDiT}
 
 
@@ -303,12 +315,13 @@ def drop_labels(y: Tensor, null_label: int, rand: Tensor, probability: float = 0
 def flow_matching_loss(
     model: Callable, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, cosine_weight: float = 0.0
 ) -> Tensor:
-    """|model(x_t, t, y) - v|^2 as a mean over L and C (section B.2) -> (B,), float32 or better.
+    """|model(x_t, t, y) - v|^2 as a mean over L and C (section B.2) -> (B,).
 
-    LightningDiT adds cosine_weight (1 - cos(prediction, v)), a mean over L of cosines over C.
+    It is computed in the dtype of x, which is float32 or better. LightningDiT adds
+    cosine_weight * (1 - cos(prediction, v)), a mean over L of cosines over C.
     """
-    s = t[:, None, None]
-    x_t = (1 - s) * x + s * noise
+    t_column = t[:, None, None]
+    x_t = (1 - t_column) * x + t_column * noise
     v = noise - x
     prediction = model(x_t, t, y).to(v.dtype)
     loss = (prediction - v).square().mean(dim=(1, 2))
@@ -375,9 +388,10 @@ def sample(
     noise              its first item is x at t = 1, (B, L, C); the SDE takes one more item per step
                        except for the last
     solver             "euler" or "heun" for the ODE, or "sde": Euler-Maruyama with the diffusion
-                       coefficient 2t, whose last step from 0.04 to 0 adds no noise
+                       coefficient 2t, whose last step from 0.04 to 0 adds no noise. The last step
+                       of Heun is Euler's
     cfg_scale          w >= 1 in v = v_null + w (v_y - v_null)
-    guidance_interval  guide only while t lies in it. Elsewhere, and for w = 1, only v_y is
+    guidance_interval  guidance is on while low <= t <= high. Elsewhere, and for w = 1, only v_y is
                        computed. Heun's second evaluation is guided if its first one is
     timestep_shift     see `time_steps`; the SDE takes none (config: LightningDiT 0.3)
     guide_model        a weaker model that v_null comes from (autoguidance, MAETok 4.5)
@@ -392,7 +406,7 @@ def sample(
 
     def velocity(x: Tensor, t: Tensor, guided: bool) -> Tensor:
         x = x.to(x1.dtype)
-        t = t.to(x1.dtype).expand(len(x))
+        t = x.new_full((len(x),), t.item())
         if not guided:
             return model(x, t, y).double()
         if guide_model is not None:
@@ -403,11 +417,11 @@ def sample(
             v_y, v_null = both.double().chunk(2)
         return v_null + cfg_scale * (v_y - v_null)
 
+    # Times stay on the CPU, so that a GPU is never waited for.
     starts, ends = time_steps(solver, num_steps, timestep_shift)
     for i, (t, t_next) in enumerate(zip(starts, ends)):
         is_last = i + 1 == num_steps
         guided = cfg_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
-        t, t_next = t.to(x.device), t_next.to(x.device)
         dt = t_next - t  # negative
         v = velocity(x, t, guided)
         if solver == "sde":

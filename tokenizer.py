@@ -1,6 +1,6 @@
-"""The MacTok tokenizer: an image becomes L continuous one-dimensional tokens, and an image again.
+"""The tokenizer of MacTok (arXiv 2603.29634): an image <-> a sequence of L continuous tokens.
 
-    images (B, 3, H, W) in [-1, 1]
+    images (B, 3, H, H) in [-1, 1]
       -> Encoder      [N patch tokens; L learnable latent tokens] -> ViT -> the L outputs (B, L, D)
       -> bottleneck   a posterior over latents; z = posterior.sample() has the shape (B, L, C)
       -> Decoder      [N learnable reconstruction tokens; z] -> ViT -> the N outputs -> pixels
@@ -10,7 +10,8 @@ image patches, L the number of latent tokens, C the channels of a latent token, 
 
 A mask is a bool tensor (B, N) in which True means that the encoder does not see the patch
 (masking.py makes them). A mask that is passed is always applied, in training mode and in eval mode
-alike.
+alike. In comments, "ours" marks a choice that the paper does not state, and "config" one from the
+public configurations that it follows (docs/sources.md).
 
 `python tokenizer.py` encodes and decodes two images with an untrained tokenizer.
 """
@@ -31,10 +32,6 @@ MODEL_SIZES = {
     "B": ((768, 12, 12), (768, 12, 12)),
     "BL": ((768, 12, 12), (1024, 24, 16)),
 }
-
-# Statistics of ImageNet's pixels in [0, 1], with which DINOv2's input is normalized.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +55,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, length, width))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention weights times values; q, k, v and the result are (B, heads, T, D / heads)."""
+        """q, k, v and the result are (B, heads, T, D / heads). sit.py overrides it for RoPE."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -79,7 +76,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel, (..., D) -> (..., D)."""
+    """A learned gain per channel, (..., D) -> (..., D). It starts at 1 (ours; DINOv2: 1e-5)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -90,7 +87,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, T, D) -> (B, T, D). DINO's blocks have no layer scale."""
+    """A pre-norm transformer block, (B, T, D) -> (B, T, D).
+
+    Without layer scale it is a block of the first DINO, which the discriminator uses.
+    """
 
     def __init__(self, width: int, num_heads: int, layer_scale: bool = True):
         super().__init__()
@@ -120,7 +120,8 @@ class PatchEmbed(nn.Module):
 def sincos_1d(coords: Tensor, width: int) -> Tensor:
     """Sine-cosine embedding of coordinates: (T,) -> (T, width).
 
-    Channels 2i and 2i + 1 hold sin(p w_i) and cos(p w_i) with w_i = 10000^(-2i / width).
+    Channels 2i and 2i + 1 hold sin(x w_i) and cos(x w_i) for the coordinate x, with
+    w_i = 10000^(-2i / width).
     """
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = coords.double()[:, None] * frequencies
@@ -138,17 +139,69 @@ def sincos_2d(grid_size: int, width: int) -> Tensor:
     return torch.cat([sincos_1d(rows, width // 2), sincos_1d(columns, width // 2)], dim=1)
 
 
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers and the patch embedding (ours)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        nn.init.zeros_(module.bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder.
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W), mask (B, N) or None -> outputs at the latent tokens (B, L, D)."""
+
+    def __init__(
+        self,
+        grid_size: int,
+        patch_size: int,
+        num_latent_tokens: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+    ):
+        super().__init__()
+        self.width = width
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.pos_embed = nn.Parameter(sincos_2d(grid_size, width)[None])  # 2D absolute, trained
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        # Each latent token is learned, so that it is its own 1D position: a learned position would
+        # be the same parameter a second time. They start as normal numbers (ours).
+        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width))
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_linear)
+
+    def embed_patches(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """-> (B, N, D) with positions. Hidden patches become a learned token (section 3.2)."""
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        return x + self.pos_embed
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed_patches(images, mask)
+        latent_tokens = self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)
+        x = self.blocks(torch.cat([x, latent_tokens], dim=1))  # (B, N + L, D)
+        return self.norm(x[:, -latent_tokens.shape[1] :])  # (B, L, D)
+
+
 # --------------------------------------------------------------------------------------------------
 # Bottlenecks. A bottleneck is a module that maps the encoder's outputs h (B, L, D) to a posterior.
 # A posterior is a named tuple of tensors (B, L, C) which offers
 #
-#     mean, std        (B, L, C), what is stored of an image once the tokenizer is trained
+#     mean, std        (B, L, C); they are stored for each image once the tokenizer is trained
 #     sample(noise)    z (B, L, C), what the decoder sees
-#     losses()         {name: scalar}; the config's NAME_weight is its weight in the objective
+#     losses()         {name: scalar}
 #     statistics()     {name: tensor}, averages over the batch, which `summarize` turns into numbers
 #
-# A bottleneck's last linear layer is called `proj`. To try another bottleneck, such as a vector
-# quantizer, write a class like these and give it a row in BOTTLENECKS.
+# A bottleneck lists its losses in `loss_names`; each has its weight in recipes.py, such as
+# kl_weight for "kl". Its last linear layer is called `proj`, because AlignTok's adaptive weight
+# reads the gradient there. To try another bottleneck, such as a vector quantizer, write a class
+# like these, give it a row in BOTTLENECKS, and add its weights to recipes.py. Without noise, std is
+# zero, as in `Deterministic`. Generated latents go to the decoder as they are; none is quantized.
 
 
 class DiagonalGaussian(NamedTuple):
@@ -182,6 +235,8 @@ class DiagonalGaussian(NamedTuple):
 class GaussianBottleneck(nn.Module):
     """h (B, L, D) -> a `DiagonalGaussian` over (B, L, C)."""
 
+    loss_names = ("kl",)
+
     def __init__(self, width: int, latent_dim: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * latent_dim)
@@ -190,8 +245,9 @@ class GaussianBottleneck(nn.Module):
 
     def forward(self, h: Tensor) -> DiagonalGaussian:
         with torch.autocast(h.device.type, enabled=False):  # exp and KL need float32
-            mean, logvar = self.proj(h.float()).chunk(2, dim=-1)
-        return DiagonalGaussian(mean, logvar.clamp(-30, 20))
+            h = h.to(self.proj.weight.dtype)
+            mean, logvar = self.proj(h).chunk(2, dim=-1)
+        return DiagonalGaussian(mean, logvar.clamp(-30, 20))  # as latent diffusion models do
 
 
 class Deterministic(NamedTuple):
@@ -216,6 +272,8 @@ class Deterministic(NamedTuple):
 class DeterministicBottleneck(nn.Module):
     """h (B, L, D) -> `Deterministic` latents (B, L, C)."""
 
+    loss_names = ()
+
     def __init__(self, width: int, latent_dim: int):
         super().__init__()
         self.proj = nn.Linear(width, latent_dim)
@@ -223,82 +281,14 @@ class DeterministicBottleneck(nn.Module):
 
     def forward(self, h: Tensor) -> Deterministic:
         with torch.autocast(h.device.type, enabled=False):
-            return Deterministic(self.proj(h.float()))
+            return Deterministic(self.proj(h.to(self.proj.weight.dtype)))
 
 
 BOTTLENECKS = {"gaussian": GaussianBottleneck, "deterministic": DeterministicBottleneck}
 
 
-def latent_moments(mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """First and second moments of the latents over the batch, (L, C) each.
-
-    Unlike a variance, they can be averaged over batches and processes.
-    """
-    return {
-        "mean": mean.mean(dim=0),
-        "mean_square": mean.square().mean(dim=0),
-        "z_square": (mean.square() + std.square()).mean(dim=0),
-    }
-
-
-def summarize(averages: dict[str, Tensor]) -> dict[str, float]:
-    """Averaged losses and posterior statistics -> plain numbers for the log.
-
-    kl_per_token is the KL divergence in nats of one latent token; active_units is the share of
-    latents whose posterior mean has a variance over images above 0.01 (Burda et al. 2016);
-    latent_std is the standard deviation of z over images.
-    """
-    numbers = {name: value.item() for name, value in averages.items() if value.ndim == 0}
-    if "mean" in averages:
-        variance = averages["mean_square"] - averages["mean"].square()
-        z_variance = averages["z_square"] - averages["mean"].square()
-        if "kl" in numbers:
-            numbers["kl_per_token"] = numbers["kl"] / len(variance)
-        numbers["active_units"] = (variance > 0.01).float().mean().item()
-        numbers["latent_std"] = z_variance.mean().clamp(min=0).sqrt().item()
-    return numbers
-
-
 # --------------------------------------------------------------------------------------------------
-# Encoder, decoder, and both around a bottleneck.
-
-
-class Encoder(nn.Module):
-    """images (B, 3, H, W), mask (B, N) or None -> outputs at the latent tokens (B, L, D)."""
-
-    def __init__(
-        self,
-        grid_size: int,
-        patch_size: int,
-        num_latent_tokens: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-    ):
-        super().__init__()
-        self.width = width
-        self.patch_embed = PatchEmbed(patch_size, width)
-        self.pos_embed = nn.Parameter(sincos_2d(grid_size, width)[None])  # 2D absolute, trained
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        # The latent tokens are learned and all different, so each is its own 1D position: adding a
-        # learned position to them would only add the same parameter twice.
-        self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width))
-        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_linear)
-
-    def embed_patches(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """-> (B, N, D) with positions. Hidden patches become a learned token (section 3.2)."""
-        x = self.patch_embed(images)
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        return x + self.pos_embed
-
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.embed_patches(images, mask)
-        latent_tokens = self.latent_tokens.expand(len(x), -1, -1).to(x.dtype)
-        x = self.blocks(torch.cat([x, latent_tokens], dim=1))  # (B, N + L, D)
-        return self.norm(x[:, -latent_tokens.shape[1] :])  # (B, L, D)
+# Decoder, and the whole tokenizer.
 
 
 class Decoder(nn.Module):
@@ -319,8 +309,8 @@ class Decoder(nn.Module):
         self.num_heads = num_heads
         self.from_latent = nn.Linear(latent_dim, width)
         self.latent_pos = nn.Parameter(sincos_1d(torch.arange(num_latent_tokens), width)[None])
-        # One learned token per patch. They start as 2D positions, which learns faster than the 1D
-        # positions of the paper and ends at the same kind of learned table (ours).
+        # One learned token per patch. They start as 2D sine-cosine positions (the paper: 1D), which
+        # trains faster, and are learned from there (ours).
         self.reconstruction_tokens = nn.Parameter(sincos_2d(grid_size, width)[None])
         self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -340,6 +330,12 @@ class Decoder(nn.Module):
         return self.last_layer(self.norm(x[:, :num_patches])).float()
 
 
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Pixels of patches (B, N, 3 p p), row by row -> images (B, 3, H, W)."""
+    image_size = math.isqrt(patches.shape[1]) * patch_size
+    return F.fold(patches.transpose(1, 2), image_size, patch_size, stride=patch_size)
+
+
 class Tokenizer(nn.Module):
     """The autoencoder of section 3.1: `encoder`, `bottleneck`, `decoder`, and latent statistics.
 
@@ -349,8 +345,8 @@ class Tokenizer(nn.Module):
     latent_dim          C, the channels of a latent token
     model_size          a key of MODEL_SIZES
     bottleneck          a key of BOTTLENECKS
-    encoder, decoder    others with the calls of `Encoder` and `Decoder` (family.py has some)
-    is_2d               True if the latents lie on the grid of the patches, row by row
+    encoder, decoder    None, or replacements with the same calls (family.py has some)
+    is_2d               True if the latents are a grid, row by row; the generator asks for it
 
     Raises ValueError for impossible sizes.
     """
@@ -385,26 +381,34 @@ class Tokenizer(nn.Module):
         self.num_latent_tokens = num_latent_tokens
         self.latent_dim = latent_dim
         self.is_2d = is_2d
-        self.encoder = encoder or Encoder(grid_size, patch_size, num_latent_tokens, *encoder_size)
-        self.decoder = decoder or Decoder(
-            grid_size, num_latent_tokens, latent_dim, 3 * patch_size**2, *decoder_size
-        )
+        if encoder is None:
+            encoder = Encoder(grid_size, patch_size, num_latent_tokens, *encoder_size)
+        if decoder is None:
+            out_dim = 3 * patch_size**2
+            decoder = Decoder(grid_size, num_latent_tokens, latent_dim, out_dim, *decoder_size)
+        self.encoder = encoder
+        self.decoder = decoder
         self.bottleneck = BOTTLENECKS[bottleneck](self.encoder.width, latent_dim)
-        # Mean and standard deviation of z per channel over the training set. They are set once,
-        # after training, and are stored with the weights.
+        # Mean and standard deviation of z per channel over the training set, which are set once,
+        # after training (train.cache_latents), and are stored with the weights.
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
     def encode(self, images: Tensor, mask: Tensor | None = None):
         """images (B, 3, H, W) in [-1, 1], mask bool (B, N) or None -> a posterior of (B, L, C)."""
+        images = images.to(self.latent_mean.dtype)  # that of the weights
         return self.bottleneck(self.encoder(images, mask))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, L, C) -> images (B, 3, H, W), float32, not clipped to [-1, 1]."""
+        z = z.to(self.latent_mean.dtype)
         return unpatchify(self.decoder(z), self.patch_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, noise: Tensor | None = None):
-        """-> reconstruction (B, 3, H, W), posterior, z (B, L, C)."""
+        """Returns reconstruction (B, 3, H, W), posterior, z (B, L, C).
+
+        Training goes through train.TokenizerWithLosses, which adds the losses on latents.
+        """
         posterior = self.encode(images, mask)
         z = posterior.sample(noise)
         return self.decode(z), posterior, z
@@ -418,35 +422,61 @@ class Tokenizer(nn.Module):
         return x * self.latent_std + self.latent_mean
 
 
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Pixels of patches (B, N, 3 p p), row by row -> images (B, 3, H, W)."""
-    image_size = math.isqrt(patches.shape[1]) * patch_size
-    return F.fold(patches.transpose(1, 2), image_size, patch_size, stride=patch_size)
+# --------------------------------------------------------------------------------------------------
+# What the log says of latents.
 
 
-def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, for linear layers and for the patch embedding."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        nn.init.zeros_(module.bias)
+def latent_moments(mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """First and second moments of the latents over the batch, (L, C) each.
+
+    Unlike a variance, they can be averaged over batches and processes.
+    """
+    return {
+        "latent_mean": mean.mean(dim=0),
+        "latent_mean_square": mean.square().mean(dim=0),
+        "z_square": (mean.square() + std.square()).mean(dim=0),
+    }
+
+
+def summarize(averages: dict[str, Tensor]) -> dict[str, float]:
+    """Averaged losses and posterior statistics -> plain numbers for the log.
+
+    kl_per_token is the KL divergence in nats of one latent token; active_units is the share of
+    the L x C coordinates whose posterior mean has a variance over images above 0.01 (Burda et al.
+    2016); z_std is the standard deviation of z around the mean of its coordinate.
+    """
+    numbers = {name: value.item() for name, value in averages.items() if value.ndim == 0}
+    if "latent_mean" in averages:
+        mean = averages["latent_mean"]  # (L, C)
+        variance = averages["latent_mean_square"] - mean.square()
+        z_variance = averages["z_square"] - mean.square()
+        if "kl" in numbers:
+            num_tokens = len(mean)
+            numbers["kl_per_token"] = numbers["kl"] / num_tokens
+        numbers["active_units"] = (variance > 0.01).float().mean().item()
+        numbers["z_std"] = z_variance.mean().clamp(min=0).sqrt().item()
+    return numbers
 
 
 # --------------------------------------------------------------------------------------------------
 # The encoder starts from DINOv2 (section 4.1).
 
+# Statistics of ImageNet's pixels in [0, 1], with which DINOv2's input is normalized.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def resample_patch_embed(kernel: Tensor, patch_size: int) -> Tensor:
     """(D, 3, p, p) -> (D, 3, patch_size, patch_size), FlexiViT's eq. 4.
 
-    Let R be the matrix of a bicubic, antialiased resize from p x p to the new size. The new kernel
-    is kernel @ pinv(R), so that a resized patch keeps its embedding.
+    Let R be the matrix of a bicubic, antialiased resize of p x p pixels, flattened, to the new
+    size. The new kernel is kernel @ pinv(R), so that a resized patch keeps its embedding.
     """
     src_size = kernel.shape[-1]
     basis = torch.ones(src_size**2).diag().view(-1, 1, src_size, src_size)
     resized = F.interpolate(basis, size=(patch_size, patch_size), mode="bicubic", antialias=True)
-    resize_matrix = resized.view(src_size**2, -1).double()
-    inverse = torch.linalg.pinv(resize_matrix)  # (patch_size^2, p^2)
-    resampled = kernel.flatten(2).double() @ inverse.T
+    resize_matrix = resized.view(src_size**2, -1).T.double()  # R, (patch_size^2, p^2)
+    resampled = kernel.flatten(2).double() @ torch.linalg.pinv(resize_matrix)
     return resampled.view(*kernel.shape[:2], patch_size, patch_size).float()
 
 
@@ -463,13 +493,15 @@ def load_dinov2(encoder: Encoder, dinov2: dict[str, Tensor]) -> None:
 
     The patch embedding is resampled from 14 px to the encoder's patch size, and takes images in
     [-1, 1] in place of ImageNet-normalized ones; the positions are resampled to the encoder's grid
-    (both ours). DINOv2's class token and registers are not used. Raises RuntimeError on a mismatch.
+    (both ours). DINOv2's mask token becomes the encoder's; its class token and registers are not
+    used. Raises RuntimeError on a mismatch.
     """
     current = encoder.state_dict()
     patch_size = encoder.patch_embed.proj.kernel_size[0]
     grid_size = math.isqrt(encoder.pos_embed.shape[1])
     state = {key: w for key, w in dinov2.items() if key not in ("cls_token", "register_tokens")}
-    state["latent_tokens"] = current["latent_tokens"]
+    if "latent_tokens" in current:  # DINOv2 has none
+        state["latent_tokens"] = current["latent_tokens"]
 
     # DINOv2 sees (x / 2 + 1/2 - mean) / std for x in [-1, 1]; fold that into the first layer.
     kernel = resample_patch_embed(state["patch_embed.proj.weight"], patch_size)

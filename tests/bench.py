@@ -109,32 +109,32 @@ def count_flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def run_tokenizer_loop(run: TrainContext, stage: str) -> None:
-    tokenizer = run.to_device(build_tokenizer(run.config))
-    gan = GANLoss(384).to(run.device) if run.config.adversarial_weight else None
-    train.train_tokenizer(run, stage, tokenizer, gan)
+def run_tokenizer_loop(context: TrainContext, stage: str) -> None:
+    tokenizer = context.to_device(build_tokenizer(context.config))
+    gan = GANLoss(384).to(context.device) if context.config.adversarial_weight else None
+    train.train_tokenizer(context, stage, tokenizer, gan)
 
 
-def run_generator_loop(run: TrainContext, stage: str) -> None:
+def run_generator_loop(context: TrainContext, stage: str) -> None:
     """On latents of random numbers."""
-    tokenizer = run.to_device(build_tokenizer(run.config)).eval()
+    tokenizer = context.to_device(build_tokenizer(context.config)).eval()
     num_tokens, latent_dim = tokenizer.num_latent_tokens, tokenizer.latent_dim
-    count = 2 * len(run.train_indices)
-    path = run.path("latents.npy")
-    with write_latents(path, count, record_dtype(num_tokens, latent_dim), run.dist) as writer:
+    count = 2 * len(context.train_indices)
+    path = context.path("latents.npy")
+    with write_latents(path, count, record_dtype(num_tokens, latent_dim), context.dist) as writer:
         for first in range(0, count, 1000):
             rows = min(1000, count - first)
             mean = torch.randn(rows, num_tokens, latent_dim)
-            labels = torch.arange(rows) % max(1, len(run.data.classes))
+            labels = torch.arange(rows) % max(1, len(context.data.classes))
             writer.write(first, mean, torch.full_like(mean, 0.1), labels)
     zeros, ones = torch.zeros(latent_dim), torch.ones(latent_dim)
-    write_metadata(path, "bench", run.data.fingerprint, zeros, ones)
-    latents = train.cache_latents(run, tokenizer, "bench")
-    train.train_generator(run, tokenizer, latents, "bench")
+    write_metadata(path, "bench", context.data.fingerprint, zeros, ones)
+    latents = train.cache_latents(context, tokenizer, "bench")
+    train.train_generator(context, tokenizer, latents, "bench")
 
 
 def bench_loop(
-    bench: Bench, name: str, run: TrainContext, loop: Callable, stage: str, batch_size: int
+    bench: Bench, name: str, context: TrainContext, loop: Callable, stage: str, batch_size: int
 ) -> None:
     """Some steps of a stage's own loop.
 
@@ -145,8 +145,8 @@ def bench_loop(
         with tempfile.TemporaryDirectory() as out:
             short = {"tokenizer_steps": steps, "generator_steps": steps, "sampling_steps": 1}
             quiet = {"log_every": log_every, "save_every": 10**9, "cfg_scale": 1.0, "out_dir": out}
-            config = replace(run.config, **short, **quiet)
-            loop(replace(run, config=config, val_indices=run.val_indices[:2]), stage)
+            config = replace(context.config, **short, **quiet)
+            loop(replace(context, config=config, val_indices=context.val_indices[:2]), stage)
             return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
     flops = count_flops(lambda: run_steps(2)) - count_flops(lambda: run_steps(1))
@@ -155,13 +155,13 @@ def bench_loop(
     bench.print_line(name, batch_size, batch_size / float(np.median(speeds[1:])), flops)
 
 
-def bench_terms(bench: Bench, run: TrainContext, batch_size: int) -> None:
+def bench_terms(bench: Bench, context: TrainContext, batch_size: int) -> None:
     """What a step of the tokenizer consists of, one by one."""
-    config = run.config
+    config = context.config
     size = config.image_size
-    images = torch.rand(batch_size, 3, size, size, device=run.device) * 2 - 1
-    tokenizer = run.to_device(build_tokenizer(config))
-    frozen = load_frozen_networks(run, config)
+    images = torch.rand(batch_size, 3, size, size, device=context.device) * 2 - 1
+    tokenizer = context.to_device(build_tokenizer(config))
+    frozen = load_frozen_networks(context, config)
 
     def encode_and_decode():
         recon, _, _ = tokenizer(images)
@@ -180,8 +180,8 @@ def bench_terms(bench: Bench, run: TrainContext, batch_size: int) -> None:
     if frozen.lpips:
         steps["LPIPS"] = compute_lpips
     if frozen.disc_backbone:
-        gan = GANLoss(384).to(run.device)
-        rand = torch.rand(batch_size, 4, NUM_AUG_PARAMS, device=run.device)
+        gan = GANLoss(384).to(context.device)
+        rand = torch.rand(batch_size, 4, NUM_AUG_PARAMS, device=context.device)
 
         def compute_gan_losses():
             fake = images.clone().requires_grad_()
@@ -190,36 +190,36 @@ def bench_terms(bench: Bench, run: TrainContext, batch_size: int) -> None:
 
         steps["the discriminator's loss and the decoder's"] = compute_gan_losses
     for name, step in steps.items():
-        bench.report(f"  {name}", run.autocast()(step), batch_size)
+        bench.report(f"  {name}", context.autocast()(step), batch_size)
 
 
-def bench_sampling(bench: Bench, run: TrainContext, count: int = 16) -> None:
-    config = run.config
-    tokenizer = build_tokenizer(config).to(run.device).eval()
-    generator = build_generator(config, tokenizer, 10).to(run.device)
+def bench_sampling(bench: Bench, context: TrainContext, count: int = 16) -> None:
+    config = context.config
+    tokenizer = build_tokenizer(config).to(context.device).eval()
+    generator = build_generator(config, tokenizer, 10).to(context.device)
     shape = (tokenizer.num_latent_tokens, tokenizer.latent_dim)
-    labels = torch.arange(count, device=run.device) % 10
+    labels = torch.arange(count, device=context.device) % 10
 
     @torch.no_grad()
     def generate():
-        noise = per_sample_noise(0, list(range(count)), shape, run.device)
+        noise = per_sample_noise(0, list(range(count)), shape, context.device)
         z = generator.sample(noise, labels, solver="sde", num_steps=10, cfg_scale=2.0)
         tokenizer.decode(z.float())
 
     bench.report(f"sampling, 10 SDE steps, batch {count}", generate, count)
 
 
-def bench_loading(bench: Bench, run: TrainContext) -> None:
+def bench_loading(bench: Bench, context: TrainContext) -> None:
     def load_from(dataset):
         batches = batch_indices(range(len(dataset)), 32, 0, 0, [slice(0, 32)])
         loader = iter(image_loader(dataset, batches, 0))
         return lambda: next(loader)
 
-    bench.report("loading shapes", load_from(run.data), 32)
-    size = run.config.image_size
+    bench.report("loading shapes", load_from(context.data), 32)
+    size = context.config.image_size
     with tempfile.TemporaryDirectory() as folder:
         for i in range(64):
-            image = Image.fromarray(run.data[i][0].permute(1, 2, 0).contiguous().numpy())
+            image = Image.fromarray(context.data[i][0].permute(1, 2, 0).contiguous().numpy())
             image.resize((500, 400)).save(f"{folder}/{i}.jpg")
         bench.report(
             f"loading 500 x 400 JPEG at {size} px", load_from(ImageFolder(folder, size)), 32
@@ -285,9 +285,9 @@ def bench_preset(args: argparse.Namespace, flags: list[str]) -> None:
     sizes = {"batch_size": batch_size, "generator_batch_size": generator_batch_size}
     config = replace(config, **sizes, micro_batch=0, discriminator_start=0, num_workers=0)
     options.dry_run = True
-    run = TrainContext.open(config, dist, options)
+    context = TrainContext.open(config, dist, options)
     peaks = [matmul_peak(dist.device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    bench = Bench(dist.device, peaks[run.use_bf16])
+    bench = Bench(dist.device, peaks[context.use_bf16])
     threads = torch.get_num_threads()
     float32, bf16 = (f"{peak / 1e9:.0f} GFLOP/s" for peak in peaks)
     print(
@@ -297,13 +297,13 @@ def bench_preset(args: argparse.Namespace, flags: list[str]) -> None:
     print(f"{args.preset} {' '.join(flags):35} {titles}")
 
     name = f"tokenizer {config.tokenizer_size} step, batch {batch_size}"
-    stage = next(iter(config.stages))
-    bench_loop(bench, name, run, run_tokenizer_loop, stage, batch_size)
-    bench_terms(bench, run, batch_size)
+    stage = config.first_stage
+    bench_loop(bench, name, context, run_tokenizer_loop, stage, batch_size)
+    bench_terms(bench, context, batch_size)
     name = f"{config.generator} {config.generator_size} step, batch {generator_batch_size}"
-    bench_loop(bench, name, run, run_generator_loop, "generator", generator_batch_size)
-    bench_sampling(bench, run)
-    bench_loading(bench, run)
+    bench_loop(bench, name, context, run_generator_loop, "generator", generator_batch_size)
+    bench_sampling(bench, context)
+    bench_loading(bench, context)
     if not flags:
         bench_inception(bench)
 

@@ -19,7 +19,7 @@ IMPORTS = {
     "losses": (),
     "align": ("tokenizer",),
     "sit": ("tokenizer",),
-    "family": ("align", "tokenizer"),
+    "family": ("align", "masking", "tokenizer"),
     "fid": (),
 }
 OUR_FILES = {path.stem for path in ROOT.glob("*.py")}

@@ -321,7 +321,7 @@ def test_what_was_found_is_described_with_the_files_that_were_passed_over(tmp_pa
     (root / "class0" / ".DS_Store").touch()
     folder = ImageFolder(root, 8)
     assert folder.skipped == {".heic": 3, ".txt": 1, "LICENSE": 1}
-    start, kinds = folder.describe().split("; other files passed over: ")
+    start, kinds = folder.describe().split("; skipped other files: ")
     assert start == counts
     assert kinds.split(", ")[0] == "3 .heic"
     assert sorted(kinds.split(", ")) == ["1 .txt", "1 LICENSE", "3 .heic"]

@@ -46,7 +46,7 @@ def tiny_run(tmp_path_factory):
         "total_steps": 20,
         "config": asdict(CONFIG),
         "classes": ["class0", "class1"],
-        "identity": {"images": ImageFolder(folder, 16).fingerprint},
+        "identity": {"data": ImageFolder(folder, 16).fingerprint},
         "ema": build_tokenizer(CONFIG).state_dict(),
     }
     save_torch(checkpoint, root / "tokenizer.pt")
@@ -101,7 +101,7 @@ def test_probe_holds_out_a_tenth_and_needs_classes(tiny_run, tmp_path, capsys):
         "stage": "tokenizer",
         "step": 20,
         "total_steps": 20,
-        "images": fingerprint,
+        "data": fingerprint,
         "weights": hash_state_dict(torch.load(tiny_run / "tokenizer.pt")["ema"]),
     }
     assert report["run"] == str(tiny_run)

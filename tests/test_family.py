@@ -90,7 +90,7 @@ def test_losses_on_latents_are_those_with_a_weight_at_the_teachers_width():
     z = torch.randn(2, 4, 3)
     mask = torch.ones(2, 16, dtype=torch.bool)
     images = random_images(2)
-    teachers = {"teacher": HOG(4), "hog": MaskFeatHOG(4, 4)}
+    teachers = {"teacher": HOG(4), "maskfeat": MaskFeatHOG(4, 4)}
     targets = {name: teacher(images) for name, teacher in teachers.items()}
     targets["reference"] = Deterministic(torch.zeros_like(z))
 
@@ -124,7 +124,7 @@ def test_losses_on_latents_have_the_width_of_their_teacher(name, width):
 def test_a_feature_decoder_has_the_published_width_at_b():
     with torch.device("meta"):
         model = Tokenizer(256, 16, 128, 32, "B")
-        teachers = {"hog": MaskFeatHOG(16, 16)}
+        teachers = {"maskfeat": MaskFeatHOG(16, 16)}
         (loss,) = build_latent_losses(NO_WEIGHTS | {"hog": 1.0}, model, teachers)
     assert loss.decoder.norm.normalized_shape == (192,)
     assert loss.decoder.blocks[0].attn.num_heads == 3
@@ -133,10 +133,10 @@ def test_a_feature_decoder_has_the_published_width_at_b():
 
 def test_a_feature_decoder_of_latents_on_the_grid_is_a_grid_decoder():
     model = grid_tokenizer()
-    teachers = {"hog": MaskFeatHOG(4, 4)}
+    teachers = {"maskfeat": MaskFeatHOG(4, 4)}
     (loss,) = build_latent_losses(NO_WEIGHTS | {"hog": 1.0}, model, teachers)
     assert isinstance(loss.decoder, GridDecoder)
-    assert loss.decoder(torch.randn(2, 16, 3)).shape == (2, 16, teachers["hog"].width)
+    assert loss.decoder(torch.randn(2, 16, 3)).shape == (2, 16, teachers["maskfeat"].width)
 
 
 def test_the_feature_loss_is_of_hidden_patches_only():

@@ -158,6 +158,21 @@ def test_bad_features_are_named():
         fid.frechet_distance(np.zeros(4), np.eye(4), np.zeros(3), np.eye(3))
 
 
+def test_running_statistics_are_those_of_all_features():
+    features = 100 + torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    running, other = fid.RunningStats(), fid.RunningStats()
+    for part in features[:30].split(13):
+        running.add(part)
+    other.add(features[30:])
+    running.merge(other)
+    running.merge(fid.RunningStats())  # of a process that had no images
+    for ours, theirs in zip(running.mean_cov(), fid.mean_cov(features)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-10)
+    running.add(torch.full((1, 6), torch.inf))
+    with pytest.raises(ValueError, match="must be finite, of at least 2 images; these are of 51"):
+        running.mean_cov()
+
+
 # --------------------------------------------------------------------------------------------------
 # Inception.
 
@@ -417,7 +432,7 @@ def hash_folder(folder):
 
 def test_stored_statistics_stand_for_their_images(samples, weights, tmp_path, capsys):
     flags = f"--weights {weights}"
-    run(f"--save_stats {samples}/folder {tmp_path}/stats.npz", flags)
+    run(f"{samples}/folder --save_stats {tmp_path}/stats.npz", flags)
     run(f"{samples}/images.npz {tmp_path}/stats.npz --report {tmp_path}/a.json", flags)
     run(f"{samples}/folder {tmp_path}/stats.npz --report {tmp_path}/b.json", flags)
     warnings = capsys.readouterr().err
@@ -435,7 +450,7 @@ def test_stored_statistics_stand_for_their_images(samples, weights, tmp_path, ca
     assert a["reference"]["N"] == 8
     assert c["samples"]["hash"] == hash_file(tmp_path / "four.npz")
     assert c["N"] is None
-    with pytest.raises(ValueError, match="made with resize tf1, this is pytorch-fid"):
+    with pytest.raises(ValueError, match="made with resize tf1, not pytorch-fid"):
         run(f"{samples}/images.npz {tmp_path}/stats.npz --resize pytorch-fid", flags)
 
 
@@ -470,9 +485,7 @@ def test_stored_statistics_must_be_made_alike_where_both_say_how(tmp_path):
         run(f"{tmp_path}/{a}.npz {tmp_path}/{b}.npz")
     described = read(tmp_path / "tf1.fid.json")["samples"]
     assert described == {"path": f"{tmp_path}/tf1.npz", "size": None, "resize": "tf1"} | made
-    with pytest.raises(
-        ValueError, match=r"other.npz was made with resize pytorch-fid, this is tf1"
-    ):
+    with pytest.raises(ValueError, match=r"other.npz was made with resize pytorch-fid, not tf1"):
         run(f"{tmp_path}/tf1.npz {tmp_path}/other.npz")
 
 
@@ -500,7 +513,7 @@ def test_samples_and_references_of_different_sizes_give_a_warning(samples, tmp_p
 def test_the_size_of_images_is_stored_with_their_statistics(
     samples, weights, tmp_path, three_features
 ):
-    run(f"--save_stats {samples}/folder {tmp_path}/stats.npz --weights {weights}")
+    run(f"{samples}/folder --save_stats {tmp_path}/stats.npz --weights {weights}")
     assert fid.ImageSet(tmp_path / "stats.npz").metadata["size"] == [24, 20]
     np.savez(tmp_path / "small.npz", np.zeros((9, 12, 10, 3), np.uint8))
     small = fid.ImageSet(tmp_path / "small.npz")
@@ -563,7 +576,7 @@ def test_reference_batches_with_spatial_statistics_are_read(
     assert report["values"]["fid"] == pytest.approx(0)
     assert report["values"]["precision"] == 1
     assert report["reference"]["N"] == 9
-    run(f"--save_stats {tmp_path}/adm.npz {tmp_path}/out.npz --weights {weights}")
+    run(f"{tmp_path}/adm.npz --save_stats {tmp_path}/out.npz --weights {weights}")
     found = np.load(tmp_path / "out.npz")
     np.testing.assert_allclose(found["mu"], pixels[:, 5, 5].mean(axis=0))
     assert str(found["hash"]) == hash_file(tmp_path / "adm.npz")
@@ -678,7 +691,7 @@ def test_a_damaged_image_among_others_stops_the_count(samples, weights, tmp_path
     for i in range(8):
         content = (samples / "folder" / f"{i}.png").read_bytes()
         (tmp_path / f"{i}.png").write_bytes(content[:200] if i == 3 else content)
-    for words in (f"{tmp_path} {tmp_path}", f"--save_stats {tmp_path} {tmp_path}/out.npz"):
+    for words in (f"{tmp_path} {tmp_path}", f"{tmp_path} --save_stats {tmp_path}/out.npz"):
         with pytest.raises(ValueError, match=r"3\.png cannot be used: "):
             run(words, f"--weights {weights}")
     assert not (tmp_path / "out.npz").exists()
@@ -701,7 +714,7 @@ def test_features_that_are_not_finite_and_unequal_dimensions_are_refused(
 def test_statistics_of_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "four.npz", **STATS)
     with pytest.raises(ValueError, match=r"four\.npz holds statistics already"):
-        run(f"--save_stats {tmp_path}/four.npz {tmp_path}/out.npz")
+        run(f"{tmp_path}/four.npz --save_stats {tmp_path}/out.npz")
 
 
 def test_errors_leave_with_code_2_and_without_a_traceback(samples, capsys):
@@ -712,8 +725,8 @@ def test_errors_leave_with_code_2_and_without_a_traceback(samples, capsys):
     assert fid.INCEPTION_URL in done.stderr
     assert "--weights" in done.stderr
     for words, named in (
-        ("", "required: samples, reference"),
-        ("a", "required: reference"),
+        ("", "required: samples"),
+        ("a", "a reference is required, or --save_stats FILE"),
         ("a b --seed 1", "unrecognized arguments: --seed"),
         ("a b --resize clean", "invalid choice: 'clean'"),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -381,27 +382,33 @@ def test_a_folder_of_other_settings_is_left_as_it_is(finished, monkeypatch, caps
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("log.jsonl", '{"stage": "tokenizer", "st\n'),
         ("cell.json", "{"),
         ("result.json", "[]"),
+        ("result.json", '{"config": 3, "tokenizer": "x"}'),
         ("plots.pt", ""),
     ],
 )
-def test_a_damaged_file_is_named_and_left_as_it_is(finished, monkeypatch, capsys, name, text):
-    cell = plan_cells(finished)[2]
-    path = cell.folder / name
-    content = path.read_bytes()
-    path.write_text(text)
-    arguments = [*ARGUMENTS, "--seeds", 1, "--out", finished]
-    try:
-        error = run_badly(arguments, monkeypatch, capsys)
-        assert path.read_text() == text
-    finally:
-        path.write_bytes(content)
-    assert str(path) in error
-    if name == "log.jsonl":
-        assert "is damaged at line 1; move" in error
-    assert lab.read_cell(cell)
+def test_damaged_records_are_set_aside_and_measured_again(finished, tmp_path, capsys, name, text):
+    cell = plan_cells(tmp_path)[2]
+    shutil.copytree(plan_cells(finished)[2].folder, cell.folder)
+    expected = lab.read_cell(cell)
+    (cell.folder / name).write_text(text)
+    assert lab.read_cell(cell) is None
+    assert "the run is measured again" in capsys.readouterr().err
+    assert list(cell.folder.glob("*.damaged"))
+    lab.run_cell(cell)
+    found = lab.read_cell(cell)
+    for key in ("psnr", "kl_per_token", "probe"):
+        assert found[key] == expected[key]
+
+
+def test_a_line_that_is_not_whole_is_passed_over(finished, tmp_path):
+    log = (plan_cells(finished)[2].folder / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(log + '{"stage": "tokenizer", "st')
+    (tmp_path / "whole.jsonl").write_text(log)
+    assert lab.read_curve(tmp_path / "log.jsonl") == lab.read_curve(tmp_path / "whole.jsonl")
+    (tmp_path / "log.jsonl").write_text("")
+    assert lab.read_curve(tmp_path / "log.jsonl") == {}
 
 
 def test_an_unfinished_run_of_other_settings_is_named(finished, tmp_path):

@@ -24,14 +24,14 @@ from utils.latents import (
 ONE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 # What the latents of these tests are expected to be: 6 rows of 4 x 2 numbers.
 EXPECTED = {
-    "tokenizer_hash": "abc",
+    "encoder_hash": "abc",
     "data": "images",
     "count": 6,
     "num_tokens": 4,
     "latent_dim": 2,
     "num_classes": 8,
 }
-METADATA = {"tokenizer": "abc", "data": "images", "latent_mean": [0, 1], "latent_std": [1, 2]}
+METADATA = {"encoder": "abc", "data": "images", "latent_mean": [0, 1], "latent_std": [1, 2]}
 
 
 def make_latents(path, labels=(5, 5, 6, 6, 7, 7)):
@@ -133,7 +133,7 @@ def test_stale_and_missing_latents_and_damaged_metadata_are_refused(tmp_path):
     make_latents(path)
     assert latents_exist(path)
     sentence = r"another tokenizer or of other images; delete .*latents.json and run"
-    for change in ({"tokenizer_hash": "other"}, {"data": "other"}):
+    for change in ({"encoder_hash": "other"}, {"data": "other"}):
         with pytest.raises(UserError, match=sentence):
             open_latents(path, **change)
     sentence = r"latents.npy is truncated or damaged; delete .*latents.json and run"

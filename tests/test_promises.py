@@ -5,13 +5,15 @@ out.
 """
 
 import json
+import shlex
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ROOT, TINY, TINY_STEPS, make_folder, succeed
+from reference import ENV, ROOT, TINY, TINY_STEPS, command, make_folder, refuse, succeed
 
 import align
 import masking
@@ -115,7 +117,7 @@ def test_latents_stay_on_disk(run):
     root, _ = run
     path = root / "out" / "latents.npy"
     metadata = json.loads(path.with_suffix(".json").read_text())
-    hashes = metadata["tokenizer"], metadata["data"]
+    hashes = metadata["encoder"], metadata["data"]
     latents = LatentDataset(path, *hashes, len(np.load(path)), 4, 4, 3)
     assert isinstance(latents.rows, np.memmap)
 
@@ -163,7 +165,7 @@ def test_an_exported_file_takes_the_place_of_its_run(run, tmp_path):
     assert model.stat().st_size < (root / "out" / "generator.pt").stat().st_size / 2
     exported, original = (sample.load_run(path) for path in (model, root / "out"))
     assert exported.checkpoint_info["weights"] == original.checkpoint_info["weights"]
-    assert exported.checkpoint_info["images"] == original.checkpoint_info["images"]
+    assert exported.checkpoint_info["data"] == original.checkpoint_info["data"]
 
 
 def test_a_tokenizer_carries_the_statistics_of_its_latents(run, tmp_path):
@@ -187,7 +189,7 @@ def test_active_units_are_counted():
     numbers = summarize(posterior.statistics() | {"kl": torch.tensor(6.0)})
     assert numbers["active_units"] == 0.5 and numbers["kl_per_token"] == 3
     variance = (mean.var(dim=0, correction=0) + 1).mean().item()
-    assert numbers["latent_std"] == pytest.approx(variance**0.5, rel=1e-5)
+    assert numbers["z_std"] == pytest.approx(variance**0.5, rel=1e-5)
 
 
 def test_cosines_are_taken_in_float32():
@@ -244,6 +246,45 @@ def test_the_runs_own_folder_may_lie_in_the_data(tmp_path):
 def test_numbers_without_measure_are_refused(text, named):
     with pytest.raises(UserError, match=named):
         options.parse_config(text.split())
+
+
+def test_a_tokenizer_works_in_other_precisions(run):
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = sample.reconstruct(sample.load_run(run[0] / "out").tokenizer, images).double()
+    for dtype, tolerance in ((torch.float64, 1), (torch.bfloat16, 8)):
+        tokenizer = sample.load_run(run[0] / "out").tokenizer.to(dtype)
+        difference = sample.reconstruct(tokenizer, images).double() - expected
+        assert difference.abs().max() <= tolerance  # of 255
+
+
+def test_samples_in_bf16_are_nearly_those_in_float32(run, tmp_path):
+    out = run[0] / "out"
+    for precision in ("float32", "bf16"):
+        words = f"{out} --npz 6 --steps 4 --solver euler --precision {precision}"
+        succeed("sample.py", words, f"--out {tmp_path}/{precision}.npz")
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("float32", "bf16"))
+    difference = np.abs(a.astype(int) - b)
+    assert difference.max() > 0 and difference.mean() < 2
+    assert json.loads((tmp_path / "bf16.npz.json").read_text())["precision"] == "bf16"
+
+
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_computed(run, monkeypatch):
+    out = run[0] / "out"
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    error = refuse("sample.py", f"{out} --npz 100000")
+    assert "samples.npz: the samples take 0.1 GB, and 0.0 GB are free; make room" in error
+    error = refuse("train.py", TINY, f"--out {out}/new --tokenizer_steps 1")
+    assert "latents.npy: the latents take 0.0 GB" in error
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+def test_programs_run_with_closed_output(run, tmp_path, closed):
+    out = run[0] / "out"
+    redirect = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]
+    words = command("sample.py", f"{out} --columns 1 --steps 1 --out {tmp_path}/s.png")
+    done = subprocess.run(f"{shlex.join(words)} {redirect}", shell=True, env=ENV)
+    assert done.returncode == 0 and (tmp_path / "s.png").exists()
 
 
 def test_out_of_memory_is_one_sentence(capsys):

@@ -1,5 +1,6 @@
 """train.py from end to end, mostly through its command line: files, resuming, processes, errors."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -34,6 +35,7 @@ from reference import (
 )
 
 import build
+import dry_run
 import evaluate
 import fid
 import losses
@@ -41,6 +43,7 @@ import options
 import recipes
 import sample
 import train
+from tokenizer import Tokenizer
 from utils import checkpoint
 from utils.checkpoint import read_checkpoint
 from utils.console import UserError
@@ -113,10 +116,10 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_a_log_line_has_all_terms(finished):
     first, line = log_lines(finished, "tokenizer")
     names = "loss mse perceptual adversarial kl local global discriminator consistency lecam"
-    names += " adaptive_weight kl_per_token active_units latent_std grad_norm disc_grad_norm"
+    names += " adaptive_weight kl_per_token active_units z_std model_grad_norm disc_grad_norm"
     names += " lr images_per_second memory_gb"
     assert set(names.split()) <= line.keys()
-    assert line["step"] == 20 and line["skipped_steps"] == 0
+    assert line["step"] == 20 and line["skipped_share"] == 0
     assert all(np.isfinite(value) for value in line.values() if not isinstance(value, str))
     assert 0 < line["adaptive_weight"] <= losses.MAX_ADAPTIVE_WEIGHT
     assert "adversarial" in log_lines(finished, "decoder")[0]
@@ -152,7 +155,7 @@ def test_latent_statistics_are_those_of_the_latents(finished):
     saved = read_checkpoint(finished / "generator.pt")["tokenizer"]
     metadata = json.loads((finished / "latents.json").read_text())
     count = len(np.load(finished / "latents.npy"))
-    hashes = metadata["tokenizer"], metadata["data"]
+    hashes = metadata["encoder"], metadata["data"]
     latents = LatentDataset(finished / "latents.npy", *hashes, count, 4, 4, 3)
     mean, std, labels = latents.read(list(range(len(latents))))
     z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
@@ -349,8 +352,13 @@ def test_dry_run_prints_and_writes_nothing(images, tmp_path):
     words = f"--dry_run --data {images} --out {tmp_path}/out --batch_size 8 --micro_batch 2"
     done = succeed("train.py", TINY, words)
     assert "M parameters" in done.stdout
-    assert "1 processes x 4 accumulated x 2 images" in done.stdout
-    assert re.search(r"one step +\d+\.\d+ s", done.stdout) and "GB" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    costs = {row[0]: row[1:] for row in rows if row[0] in ("tokenizer", "decoder", "generator")}
+    assert [costs[stage][:2] for stage in costs] == [["8", "2"], ["8", "2"], ["8", "8"]]
+    for stage in costs:
+        seconds, hours, memory, *fits = costs[stage][2::2][:3] + costs[stage][8:]
+        assert float(seconds) > 0 and float(hours) >= 0 and 0.5 <= float(memory) < 2
+        assert fits == ["8"] * 4  # the largest micro batch on four kinds of GPU
     assert not (tmp_path / "out").exists()
 
 
@@ -370,6 +378,87 @@ def test_dry_run_lists_the_files_that_a_run_needs(images, weights, tmp_path):
     assert "https://" in files["dino_vits16"]
     assert "without it there is no FID" in line_of(fid.INCEPTION_FILE)
     assert "dinov2" not in text.split("config")[0]
+
+
+def test_the_memory_of_a_step_is_what_autograd_keeps():
+    x = torch.randn(100, 250, requires_grad=True)
+    meter = dry_run.ActivationMeter()
+    with meter:
+        y = (x.exp() + x.exp()).sin().sum()  # both exp and the input of sin are kept
+    assert meter.bytes == meter.peak == 3 * 100 * 250 * 4
+    y.backward()
+    assert meter.bytes == 0 and meter.peak == 3 * 100 * 250 * 4
+
+
+def test_the_proposed_micro_batch_fits_and_divides():
+    cost = dry_run.Cost(seconds=1.0, fixed_gb=4.0, gb_per_item=0.5)
+    assert cost.memory_gb(2) == pytest.approx(0.5 + 1.1 * 5)
+    assert [cost.largest_micro_batch(32, size) for size in (4, 16, 24, 80)] == [0, 16, 32, 32]
+    assert cost.largest_micro_batch(30, 16) == 15
+
+
+# --------------------------------------------------------------------------------------------------
+# A tokenizer that is trained already, and images that must not be mirrored.
+
+
+def test_a_generator_is_trained_on_another_runs_tokenizer(finished, tmp_path):
+    """On other images, with other classes; the values are those of the tokenizer's run."""
+    folder = make_folder(tmp_path / "images", 2, 12)
+    out = tmp_path / "out"
+    words = f"--tokenizer {finished} --data {folder} --out {out} --generator_steps 3"
+    done = succeed("train.py", words)
+    assert sorted(path.name for path in out.glob("*.pt")) == ["generator.pt"]
+    ours, theirs = read_checkpoint(out / "generator.pt"), read_checkpoint(finished / "decoder.pt")
+    for key, weight in theirs["ema"].items():
+        if not key.startswith("latent_"):
+            assert torch.equal(ours["tokenizer"][key], weight)
+    assert ours["classes"] == ["class0", "class1"] and ours["config"]["latent_dim"] == 4
+    result = json.loads((out / "result.json").read_text())
+    expected = sample.hash_encoder(sample.load_run(finished).tokenizer)
+    assert result["tokenizer_run"]["encoder"] == expected
+    assert "24 images in 2 classes" in done.stdout
+    assert succeed("train.py", words).stdout.count("finished before") == 2
+    succeed("sample.py", f"{out} --npz 2 --steps 2")
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--tokens 8", "--tokens is 8, but the tokenizer of {run} was made with 4"),
+        ("--recipe ldetok", "--recipe is ldetok"),
+        ("--preset b256", "--preset is not possible with --tokenizer"),
+        ("--stage decoder", "has the stages all, latents, generator"),
+    ],
+)
+def test_flags_that_contradict_another_runs_tokenizer_are_refused(finished, tmp_path, words, named):
+    error = refuse("train.py", f"--tokenizer {finished} --out {tmp_path}/out {words}")
+    assert named.format(run=finished) in error
+    assert "is not a run" in refuse("train.py", f"--tokenizer {tmp_path} --out {tmp_path}/out")
+
+
+def test_without_flip_no_image_is_ever_mirrored(tmp_path, monkeypatch):
+    """All images are brighter on the left, and so is all that the tokenizer sees."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 200
+    (tmp_path / "images").mkdir()
+    for i in range(24):
+        Image.fromarray(pixels + i).save(tmp_path / "images" / f"{i}.png")
+    seen = []
+    encode = Tokenizer.encode
+
+    def spy(self, images, mask=None):
+        seen.append(images[..., :8].mean((1, 2, 3)) > images[..., 8:].mean((1, 2, 3)))
+        return encode(self, images, mask)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    steps = "--tokenizer_steps 3 --decoder_steps 1 --generator_steps 1 --eval_images 2"
+    for flip in (0, 1):
+        seen.clear()
+        out = tmp_path / f"flip{flip}"
+        words = f"{steps} --flip {flip} --data {tmp_path}/images --out {out}"
+        succeed("train.py", TINY, words)
+        assert torch.cat(seen).all() == (flip == 0)
+        assert len(np.load(out / "latents.npy")) == 22 * (1 + flip)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -509,7 +598,7 @@ def test_local_and_global_alignment_have_weights_of_their_own(images, tmp_path):
     line = log_lines(tmp_path / "out", "tokenizer")[-1]
     expected = line["mse"] + 1e-6 * line["kl"] + 0.02 * line["local"]
     assert line["loss"] == pytest.approx(expected, rel=1e-4) and line["global"] > 0
-    moments = [entry["exp_avg"].any() for entry in saved["optimizer"]["state"].values()]
+    moments = [entry["exp_avg"].any() for entry in saved["model_adamw"]["state"].values()]
     assert any(moments) and not all(moments)
 
 
@@ -529,48 +618,96 @@ def test_collapse_is_named(finished, images, tmp_path):
         assert train.has_collapsed(line) == collapsed
 
 
-def test_non_finite_steps_are_skipped_and_leave_no_trace():
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
+def test_non_finite_steps_are_skipped_and_leave_no_trace(optimizer):
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.ones(3))
-    other = torch.nn.Parameter(torch.ones(3))  # of a discriminator that has no gradients yet
-    optimizer, idle = (torch.optim.AdamW([x], fused=True) for x in (weight, other))
-    optimizers = {"optimizer": optimizer, "disc_optimizer": idle}
-    weight.grad = torch.ones(3)
-    assert train.clip_and_step(optimizers, 0.1)["skipped_steps"] == 0
-    before = weight.detach().clone()
-    kept = {key: value.clone() for key, value in optimizer.state[weight].items()}
+    model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 2)})
+    disc = torch.nn.Linear(3, 1)  # it has no gradients yet
+    modules = {"model": model, "disc": disc}
+    optimizers = train.build_optimizers(modules, optimizer, (0.9, 0.95), weight_decay=0.1)
+    assert ("model_muon" in optimizers) == (optimizer == "muon")
+
+    def set_gradients(module, value):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+
+    def copy_all():
+        states = [each.state_dict() for each in (*modules.values(), *optimizers.values())]
+        return copy.deepcopy(states)
+
+    def are_equal(before, after):
+        if isinstance(before, torch.Tensor):
+            return torch.equal(before, after)
+        if isinstance(before, dict):
+            return all(are_equal(before[key], after[key]) for key in before)
+        if isinstance(before, list):
+            return all(map(are_equal, before, after))
+        return before == after
+
+    set_gradients(model, 1.0)
+    assert train.clip_and_step(modules, optimizers, 0.1)["skipped_share"] == 0
+    before = copy_all()
     for bad in (float("nan"), float("inf")):
-        weight.grad = torch.tensor([1.0, bad, 1.0])
-        assert train.clip_and_step(optimizers, 0.1)["skipped_steps"] == 1
-        assert torch.equal(weight, before)
-        assert all(torch.equal(value, kept[key]) for key, value in optimizer.state[weight].items())
-    assert not idle.state
-    weight.grad = torch.ones(3)
-    assert train.clip_and_step(optimizers, 0.1).keys() == {"grad_norm", "skipped_steps"}
-    assert not torch.equal(weight, before)
-    after = weight.detach().clone()
-    weight.grad = torch.ones(3)
-    other.grad = torch.full((3,), float("nan"))
-    norms = train.clip_and_step(optimizers, 0.1)  # one that is not finite stops both
-    assert norms["skipped_steps"] == 1 and norms.keys() >= {"grad_norm", "disc_grad_norm"}
-    assert torch.equal(weight, after) and torch.equal(other, torch.ones(3))
+        set_gradients(model, 1.0)
+        model["blocks"].weight.grad[0, 1] = bad
+        assert train.clip_and_step(modules, optimizers, 0.1)["skipped_share"] == 1
+        assert are_equal(before, copy_all())
+        assert model["blocks"].weight.grad is None
+    set_gradients(model, 1.0)
+    norms = train.clip_and_step(modules, optimizers, 0.1)
+    assert norms.keys() == {"model_grad_norm", "skipped_share"}
+    after = copy_all()
+    assert not are_equal(before, after)
+    set_gradients(model, 1.0)
+    set_gradients(disc, float("nan"))
+    norms = train.clip_and_step(modules, optimizers, 0.1)  # one that is not finite stops both
+    assert norms["skipped_share"] == 1 and norms.keys() >= {"model_grad_norm", "disc_grad_norm"}
+    assert are_equal(after[0], model.state_dict()) and are_equal(after[1], disc.state_dict())
 
 
 def test_gradients_are_clipped_to_norm_1():
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([30.0, 40.0])
-    sgd = torch.optim.SGD([weight], lr=1.0, fused=True)
-    norms = train.clip_and_step({"optimizer": sgd}, 1.0)
-    assert norms["grad_norm"] == 50
-    assert torch.allclose(weight, torch.tensor([-0.6, -0.8]), atol=1e-5)
-    assert weight.grad is None
+    module = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    module.weight.grad = torch.tensor([[30.0], [40.0]])
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
+    norms = train.clip_and_step({"model": module}, {"model_sgd": sgd}, 1.0)
+    assert norms["model_grad_norm"] == 50
+    assert torch.allclose(module.weight, torch.tensor([[-0.6], [-0.8]]), atol=1e-5)
+    assert module.weight.grad is None
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    config, _ = options.parse_config([])
+    tokenizer = build.build_tokenizer(config)
+    optimizers = train.build_optimizers({"model": tokenizer}, "muon", (0.9, 0.95), 1e-4)
+    names = {parameter: name for name, parameter in tokenizer.named_parameters()}
+
+    def names_of(optimizer):
+        return {names[p] for group in optimizer.param_groups for p in group["params"]}
+
+    muon, adamw = names_of(optimizers["model_muon"]), names_of(optimizers["model_adamw"])
+    kinds = {name.partition(".blocks.")[2].split(".", 1)[1] for name in muon}
+    assert kinds == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    assert muon | adamw == set(names.values()) and not muon & adamw
+    frozen = tokenizer.decoder.requires_grad_(False)
+    optimizers = train.build_optimizers({"model": frozen}, "muon", (0.9, 0.95), 1e-4)
+    assert optimizers == {}
+
+
+def test_full_size_presets_train_with_adamw_as_the_paper():
+    for preset in recipes.PRESETS:
+        for recipe in recipes.METHODS:
+            words = f"--preset {preset} --recipe {recipe} --data x"
+            config, _ = options.parse_config(words.split())
+            expected = "muon" if preset == "toy" else "adamw"
+            assert config.optimizer == expected
 
 
 def test_a_run_in_which_every_step_is_skipped_stops(images, tmp_path):
     words = "--kl_weight 1e38 --tokenizer_steps 40 --log_every 10 --stage tokenizer"
     done = call("train.py", TINY, words, f"--data {images} --out {tmp_path}/out")
     assert done.returncode == 2
-    assert "all steps before step 10 of stage tokenizer were not finite" in done.stderr
+    assert "gradients of the last 10 steps of the tokenizer stage were not finite" in done.stderr
 
 
 def test_ema_follows_the_formula_and_warms_up(finished):
@@ -681,7 +818,7 @@ def test_a_batch_that_the_processes_do_not_divide():
     "damage, words, named",
     [
         ("", "--lr 0.5", "lr 0.0001, this run has 0.5"),
-        ("", "--tokens 8", "num_latent_tokens 4, this run has 8"),
+        ("", "--tokens 8", "tokens 4, this run has 8"),
         ("tokenizer.pt", "", "truncated"),
         ("latents.npy", "--stage generator", "truncated"),
     ],
@@ -730,7 +867,7 @@ def test_a_generator_on_another_tokenizer_is_refused(finished, whole, tmp_path):
     for name in ("latents.npy", "latents.json"):
         (out / name).unlink()
     done = call("train.py", whole, f"--out {out}")
-    assert done.returncode == 2 and "generator.pt was made with tokenizer" in done.stderr
+    assert done.returncode == 2 and "generator.pt was made with encoder" in done.stderr
 
 
 def test_replaced_images_are_noticed(tmp_path):
@@ -740,7 +877,7 @@ def test_replaced_images_are_noticed(tmp_path):
     words += f" --data {folder} --out {tmp_path}/out"
     succeed("train.py", words, "--stage tokenizer")
     Image.new("RGB", (90, 90)).save(folder / "class1" / "4.png")
-    assert "tokenizer.pt was made with images" in refuse("train.py", words)
+    assert "tokenizer.pt was made with data" in refuse("train.py", words)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checkpoints: one file with the state of several objects, from which training goes on exactly."""
+"""Checkpoints: one file with the state of several objects, from which training resumes exactly."""
 
 from pathlib import Path
 
@@ -27,9 +27,12 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
 
 
 def check_identity(path: Path, saved: dict, identity: dict) -> None:
-    """Raise UserError unless a checkpoint was made with the same values, images and tokenizer."""
+    """Raise UserError unless a checkpoint was made with the same values, images and tokenizer.
+
+    Options that are newer than the checkpoint are not compared.
+    """
     for name, value in identity.items():
-        before = saved["identity"].get(name)
+        before = saved["identity"].get(name, value)
         if before != value:
             raise UserError(
                 f"{path} was made with {name} {shorten(before)}, this run has {shorten(value)}; "

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,11 @@ def as_user_error(subject: str = ""):
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Run main(arguments) as a program. Whatever goes wrong becomes one line on stderr.
 
-    Exit codes: 2 for what the user can fix, 1 for what nobody foresaw, 130 after Ctrl-C or SIGTERM.
+    Exit codes: 2 for what the user can fix, 1 for unexpected errors, 130 after Ctrl-C or SIGTERM.
     """
+    for name in ("stdout", "stderr"):  # either may be closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open
     # Paths may have letters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
     # SIGTERM then unwinds the program as Ctrl-C does, and temporary files are removed.
@@ -54,8 +57,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         message, code = describe_error(error)
         # All processes of a machine find the same UserError, so that the first one speaks for them.
         speaks_for_all = isinstance(error, UserError | KeyboardInterrupt)
-        if not speaks_for_all or os.environ.get("LOCAL_RANK", "0") == "0":
-            tqdm.write(message, file=sys.stderr)  # below an open progress bar
+        with suppress(OSError):  # whoever read stderr may have gone
+            if not speaks_for_all or os.environ.get("LOCAL_RANK", "0") == "0":
+                tqdm.write(message, file=sys.stderr)  # below an open progress bar
         leave(code)
 
 
@@ -66,6 +70,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return text or "interrupted", 130
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"error: {OUT_OF_MEMORY}", 2
+    if isinstance(error, BrokenPipeError):
+        # Python would complain once more at exit, when it writes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "error: standard output was closed by the program that read it", 2
     if isinstance(error, UserError | OSError):
         return f"error: {text}", 2
     if "DataLoader worker" in text:
@@ -93,11 +101,9 @@ def leave(code: int | str | None) -> None:
     for worker in workers:
         worker.kill()
     if dist.is_initialized() and code:
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

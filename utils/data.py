@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from utils.images import HIDDEN_PREFIXES, SUFFIXES, list_images, read_image, to_
 from utils.shapes import Shapes
 
 IO_POOL = ThreadPoolExecutor()
+# Folders with these names are not classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -76,7 +77,7 @@ class ImageFolder(Dataset):
             line += f" in {len(self.classes)} classes, {counts.min()} to {counts.max()} in each"
         if self.skipped:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.skipped.most_common(5))
-            line += f"; other files passed over: {kinds}"
+            line += f"; skipped other files: {kinds}"
         return line
 
     def __len__(self) -> int:
@@ -89,7 +90,8 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The item, or the next readable one in its place.
 
-        Raises OSError when more than 1 % of the files have turned out unreadable.
+        Raises OSError when more than 1 % of the files, and more than one, have turned out
+        unreadable.
         """
         try:
             return self.read(index)
@@ -173,14 +175,14 @@ def batch_indices(
             yield batch[rows]
 
 
-def read_ahead(read: Callable, batches: Iterator) -> Iterator:
-    """read(batch) for each batch of an endless iterator, one batch ahead in another thread."""
+def read_ahead(items: Iterator) -> Iterator:
+    """The items of an endless iterator, which another thread makes, one item ahead."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(read, next(batches))
-        for batch in batches:
-            ready = future.result()
-            future = pool.submit(read, batch)
-            yield ready
+        future = pool.submit(next, items)
+        while True:
+            item = future.result()
+            future = pool.submit(next, items)
+            yield item
 
 
 def image_loader(dataset: Dataset, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
@@ -195,7 +197,7 @@ def image_loader(dataset: Dataset, batches: Iterable[list[int]], num_workers: in
 
 
 def prepare_worker(worker_id: int) -> None:
-    """A worker goes on when signals ask the training process to stop, and ends when that ends.
+    """A worker ignores requests to stop, and ends when the training process ends.
 
     Ctrl-C and torchrun signal workers, too, but the training process needs their batch for its
     step.

@@ -15,13 +15,14 @@ from utils.console import UserError
 
 # A Mac computes on its CPU: its GPU has no float64, which samplers and metrics need.
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("bf16", "float32")
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """One process needs no environment at all; several are started by torchrun.
+    """This process's rank, the number of processes, and the device.
 
-    run_id   the same random text in all processes of a launch, and in no other launch
+    run_id is a random text that all processes of a launch share, for the names of temporary files.
     """
 
     rank: int
@@ -60,6 +61,11 @@ class Distributed:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
     def shard(self, items: Sequence, batch_size: int) -> list[Sequence]:
         """This process's part of the items, in batches that do not depend on the world size."""
         starts = range(0, len(items), batch_size)
@@ -69,7 +75,7 @@ class Distributed:
         return batches[first:last]
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Replace values by their sum over all processes, and return them."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -79,6 +85,7 @@ class Distributed:
         return bool(self.all_reduce(torch.tensor(float(here))) > 0)
 
     def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -136,8 +143,22 @@ def tune_cpu() -> None:
             ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
+def tune_compiler() -> None:
+    """Three settings of torch.compile that single blocks need."""
+    import torch._dynamo  # which takes two seconds
+    import torch._functorch.config
+
+    # The adaptive weights differentiate through a block before the backward pass does.
+    torch._functorch.config.donated_buffer = False
+    # DistributedDataParallel would have blocks cut at the borders of its buckets.
+    torch._dynamo.config.optimize_ddp = False
+    # Training, evaluation and each kind of block need a graph of their own; beyond the limit blocks
+    # would run uncompiled without a word.
+    torch._dynamo.config.recompile_limit = 32
+
+
 def micro_batch_slices(
-    batch_size: int, micro_batch: int, dist: Distributed, flag: str = "batch_size"
+    batch_size: int, micro_batch: int, dist: Distributed, flag_prefix: str = ""
 ) -> list[slice]:
     """This process's rows of a global batch, in micro batches whose gradients are added up.
 
@@ -146,14 +167,14 @@ def micro_batch_slices(
     per_rank, remainder = divmod(batch_size, dist.world_size)
     if remainder:
         raise UserError(
-            f"--{flag} {batch_size} cannot be divided among {dist.world_size} processes; "
-            "use a multiple of their number"
+            f"--{flag_prefix}batch_size {batch_size} cannot be divided among {dist.world_size} "
+            "processes; use a multiple of their number"
         )
     size = min(micro_batch or per_rank, per_rank)
     if per_rank % size:
         raise UserError(
-            f"--micro_batch {size} does not divide the {per_rank} rows of --{flag} {batch_size} "
-            "that each process has"
+            f"--{flag_prefix}micro_batch {size} does not divide the {per_rank} rows of "
+            f"--{flag_prefix}batch_size {batch_size} that each process has"
         )
     first = per_rank * dist.rank
     return [slice(start, start + size) for start in range(first, first + per_rank, size)]

@@ -4,9 +4,12 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +55,21 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_room(path: Path, num_bytes: int, label: str) -> None:
+    """Raise UserError if a file of this size does not fit on the disk where `path` is to be."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path}: the {label} take {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "make room, or write elsewhere"
+        )
+
+
 def write_text(text: str, path: str | Path) -> None:
+    """Write a text file, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text)
 
@@ -105,6 +122,12 @@ def load_torch(path: str | Path, mmap: bool = False) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a dict of tensors; move it away")
     return content
+
+
+def write_npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """What stands before the data in a .npy file."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def hash_state_dict(state: dict[str, Tensor]) -> str:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from utils.files import atomic_write
 
-SUFFIXES = (
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
-)  # of formats that Pillow reads
+# Of formats that Pillow reads.
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split()
 # A folder that holds one of these belongs to a run, and its pictures are not data.
 RUN_MARKERS = {"log.jsonl", "tokenizer.pt"}
 # Folders whose names begin like this are made by programs, such as .ipynb_checkpoints and @eaDir.
@@ -31,10 +30,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def list_images(folder: Path, recursive: bool) -> tuple[list[str], Counter]:
-    """-> sorted paths of the image files in a folder, and how many others there are by suffix.
+    """Returns sorted paths of the image files in a folder, and counts of other files by suffix.
 
-    With `recursive` folders below count too, each once even if links between them form a circle.
-    Hidden files and folders, folders of runs, pipes and broken links are passed over.
+    With `recursive` folders below count, too, each once even if links between them form a circle.
+    Hidden files and folders, folders of runs, pipes and broken links are skipped.
     """
     paths = []
     skipped = Counter()
@@ -61,7 +60,10 @@ def list_images(folder: Path, recursive: bool) -> tuple[list[str], Counter]:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve while twice too large, resize the short side to `size`, crop the center."""
+    """ADM's crop: halve while twice too large, resize the short side to `size`, crop the center.
+
+    (read_image decodes large JPEGs smaller before that, which ADM does not do.)
+    """
     while min(image.size) >= 2 * size:
         halved = (image.width // 2, image.height // 2)
         image = image.resize(halved, Image.Resampling.BOX)
@@ -115,7 +117,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """-> uint8 (3, H, W)."""
+    """Returns uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from utils.console import UserError, as_user_error
 from utils.distributed import Distributed
-from utils.files import read_json, write_text
+from utils.files import read_json, write_npy_header, write_text
 
 MAX_FLOAT16 = 65504
 
 
 def record_dtype(num_tokens: int, latent_dim: int) -> np.dtype:
-    """One image, or one mirrored image: mean and std of its posterior, and its label."""
+    """The dtype of a row of latents.npy: mean and std (L, C) of a posterior, and a label."""
     moments = [(name, "<f2", (num_tokens, latent_dim)) for name in ("mean", "std")]
     return np.dtype([*moments, ("label", "<i4")])
 
@@ -40,8 +40,7 @@ class LatentWriter:
     def __init__(self, path: Path, dtype: np.dtype):
         self.dtype = dtype
         self.file = open(path, "r+b")  # noqa: SIM115  closed by write_latents
-        version = np.lib.format.read_magic(self.file)
-        assert version == (1, 0)
+        np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
         self.data_start = self.file.tell()
 
@@ -89,8 +88,7 @@ def write_latents(path: Path, count: int, dtype: np.dtype, dist: Distributed):
 def reserve_array(path: Path, count: int, dtype: np.dtype) -> None:
     """Make a .npy file of `count` records, whose room on the disk is reserved where possible."""
     with open(path, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
+        write_npy_header(file, dtype, (count,))
         size = file.tell() + count * dtype.itemsize
         file.truncate(size)
         file.flush()
@@ -98,10 +96,13 @@ def reserve_array(path: Path, count: int, dtype: np.dtype) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-def write_metadata(path: Path, tokenizer_hash: str, data: str, mean: Tensor, std: Tensor) -> None:
-    """What the latents were made from, and their statistics per channel. Written last."""
+def write_metadata(path: Path, encoder_hash: str, data: str, mean: Tensor, std: Tensor) -> None:
+    """What the latents were made from, and their statistics per channel. Written last.
+
+    data is the fingerprint of the data set.
+    """
     content = {
-        "tokenizer": tokenizer_hash,
+        "encoder": encoder_hash,
         "data": data,
         "latent_mean": mean.tolist(),
         "latent_std": std.tolist(),
@@ -118,18 +119,18 @@ class LatentDataset:
     def __init__(
         self,
         path: Path,
-        tokenizer_hash: str,
+        encoder_hash: str,
         data: str,
         count: int,
         num_tokens: int,
         latent_dim: int,
         num_classes: int,
     ):
-        remedy = f"delete {metadata_path(path)} and run the stage latents again"
+        remedy = f"delete {metadata_path(path)} and run the latents stage again"
         if not latents_exist(path):
-            raise UserError(f"{path} does not exist, or is not whole; run the stage latents first")
+            raise UserError(f"{path} does not exist, or is not whole; run the latents stage first")
         metadata = read_json(metadata_path(path))
-        if (metadata.get("tokenizer"), metadata.get("data")) != (tokenizer_hash, data):
+        if (metadata.get("encoder"), metadata.get("data")) != (encoder_hash, data):
             raise UserError(f"{path} is of another tokenizer or of other images; {remedy}")
         with as_user_error(f"{path} is truncated or damaged; {remedy}: "):
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -25,6 +25,7 @@ class MetricLog:
         self.path = path
         self.stage = stage
         self.dist = dist
+        # When the last line was written, and when each step since has ended.
         self.step_ends = [time.perf_counter()]
         self.sums = {}
         self.counts = {}
@@ -42,6 +43,11 @@ class MetricLog:
     def end_step(self) -> None:
         """Note the time, for `steps_per_second`."""
         self.step_ends.append(time.perf_counter())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last line."""
+        return len(self.step_ends) - 1
 
     def steps_per_second(self) -> float:
         """By the median time of a step, so that saving and evaluating do not count."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def describe_run(script: str, arguments: list[str], dist: Distributed) -> dict:
-    """For a report."""
+    """What a report says about how it was made."""
     is_cuda = dist.device.type == "cuda"
     return {
         "command": [script, *arguments],

@@ -21,6 +21,7 @@ def polygon(
 
 
 def heart() -> np.ndarray:
+    """Points (48, 2) of a well-known curve."""
     t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
@@ -74,10 +75,12 @@ class Shapes(Dataset):
 
     @cached_property
     def labels(self) -> list[int]:
+        """The label of each image, which is the first number that `read` draws."""
         draws = (np.random.default_rng(i).integers(len(SHAPES)) for i in range(len(self)))
         return [int(label) for label in draws]
 
     def read(self, index: int) -> tuple[Tensor, int]:
+        """Draw image number `index`."""
         rng = np.random.default_rng(index)
         label = int(rng.integers(len(SHAPES)))
         radius = rng.uniform(0.3, 0.4)

@@ -1,6 +1,5 @@
 """Weight files of other projects: where they are, what they must be, and a strict load."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ class WeightFile(NamedTuple):
     url: str
     sha256: str  # empty where none was published
     license: str
-    unused: tuple[str, ...] = ()  # keys that contain one of these are passed over
+    unused: tuple[str, ...] = ()  # keys that contain one of these are skipped
 
 
 def dinov2_file(size: str, suffix: str, sha256: str) -> WeightFile:
@@ -63,7 +62,7 @@ LPIPS_FILES = ("vgg16", "lpips_vgg")
 
 
 def weights_path(name: str, folder: str = "") -> Path:
-    """Where a file is: in `folder` if it is there, else in torch hub's cache, there or not."""
+    """Where a file is: in `folder`, or else in torch hub's cache, whether it exists or not."""
     if folder and not Path(folder).is_dir():
         raise UserError(f"--weights {folder} is not a folder")
     file_name = PRETRAINED[name].name
@@ -73,17 +72,18 @@ def weights_path(name: str, folder: str = "") -> Path:
 
 
 def available(folder: str, *names: str) -> bool:
+    """Whether all these files exist."""
     return all(weights_path(name, folder).is_file() for name in names)
 
 
 def download_weights(names: list[str], folder: str, dist: Distributed) -> dict[str, str]:
-    """Get missing files into torch hub's cache and verify all -> {file name: SHA-256}.
+    """Get missing files into torch hub's cache and verify all. Returns {file name: SHA-256}.
 
     Local rank 0 downloads and verifies while the others wait; on those the result is empty. A
     user's own file with another hash gives only a warning.
     """
     hashes = {}
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if dist.is_local_main:
         for name in names:
             hashes[PRETRAINED[name].name] = download_and_verify(name, folder)
     dist.barrier()
@@ -91,7 +91,7 @@ def download_weights(names: list[str], folder: str, dist: Distributed) -> dict[s
 
 
 def download_and_verify(name: str, folder: str) -> str:
-    """-> the file's SHA-256."""
+    """Get a file if it is missing, and check its hash. Returns its SHA-256."""
     official = PRETRAINED[name]
     path = weights_path(name, folder)
     advice = "try again, or get it elsewhere and pass its folder with --weights FOLDER"
