@@ -280,10 +280,11 @@ def build_parser() -> Parser:
 def bench_preset(args: argparse.Namespace, flags: list[str]) -> None:
     config, options = parse_config(["--preset", args.preset, *flags])
     dist = Distributed.start(options.device)
-    batch_size = args.batch or config.batch_size
-    generator_batch_size = args.batch or config.generator_batch_size
+    batch_size = args.batch or config.micro_batch or config.batch_size
+    generator_batch_size = args.batch or config.generator_micro_batch or config.generator_batch_size
     sizes = {"batch_size": batch_size, "generator_batch_size": generator_batch_size}
-    config = replace(config, **sizes, micro_batch=0, discriminator_start=0, num_workers=0)
+    together = {"micro_batch": 0, "generator_micro_batch": 0}
+    config = replace(config, **sizes, **together, discriminator_start=0, num_workers=0)
     options.dry_run = True
     context = TrainContext.open(config, dist, options)
     peaks = [matmul_peak(dist.device, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -6,13 +6,18 @@ Reference arrays of public implementations, deterministic weights, tiny data, th
 import importlib
 import io
 import json
+import multiprocessing.connection
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import zlib
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -113,16 +118,20 @@ def make_folder(root: Path, classes: int, per_class: int, size: int = 20) -> Pat
     return root
 
 
-# A run that takes seconds: 16-px images, N = 64, L = 4.
+# A run that takes seconds: 16-px images, N = 16, L = 4.
 TINY = (
-    "--preset toy --image_size 16 --tokens 4 --channels 4 --batch_size 8 --generator_batch_size 8 "
-    "--eval_images 8 --sampling_steps 4"
+    "--preset toy --image_size 16 --patch_size 4 --tokens 4 --channels 4 --batch_size 8 "
+    "--generator_batch_size 8 --eval_images 8 --sampling_steps 4"
 )
 TINY_STEPS = (
     "--tokenizer_steps 20 --decoder_steps 20 --generator_steps 20 --log_every 10 --save_every 10"
 )
+# Every term of the objective, and every recipe with what it needs at that size.
+ALL_TERMS = "--perceptual_weight 1 --adversarial_weight 0.2 --discriminator_start 1"
+RECIPES = ["mactok", "maetok", "ldetok --tokens 0", "aligntok --tokens 0"]
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SERVER_ENV = ENV | {"PYTHONPATH": str(ROOT)}
 
 
 def command(script: str, *words: str, processes: int = 1) -> list[str]:
@@ -133,10 +142,70 @@ def command(script: str, *words: str, processes: int = 1) -> list[str]:
     return [*argv, str(ROOT / script), *(word for text in words for word in str(text).split())]
 
 
-def shell(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run a script of the project to its end, on one thread per process."""
-    argv = command(script, *words, processes=processes)
+def shell(script: str, *words: str) -> subprocess.CompletedProcess:
+    """Run a script of the project to its end as a user would, on one thread."""
+    argv = command(script, *words)
     return subprocess.run(argv, capture_output=True, text=True, env=ENV)
+
+
+# Processes that start with the project's modules imported: the server imports them once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train", "sample", "evaluate"])
+
+
+def launch(
+    script: str, *words: str, processes: int = 1, prepare: Callable | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script in new processes, which find the variables that torchrun would set.
+
+    prepare is called first in each of them. As under torchrun, all end when one fails. The result
+    has the first failure's exit code, or 0.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    argv = command(script, *words)[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        # Without this, each process would import pytest as the program that started it.
+        no_program = {"__main__": ModuleType("__main__")}
+        with mock.patch.dict(sys.modules, no_program), mock.patch.dict(os.environ, SERVER_ENV):
+            for rank in range(processes):
+                env = variables | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+                arguments = (argv, env, f"{folder}/{rank}", prepare)
+                children.append(PROCESSES.Process(target=run_here, args=arguments))
+                children[-1].start()
+        ended = multiprocessing.connection.wait
+        failed = None
+        waiting = {child.sentinel: child for child in children}
+        while waiting:
+            for sentinel in ended(list(waiting)):
+                child = waiting.pop(sentinel)
+                child.join()
+                if child.exitcode and failed is None:
+                    failed = child.exitcode
+                    for other in waiting.values():
+                        other.terminate()
+        texts = [
+            "".join(Path(folder, f"{rank}.{name}").read_text() for rank in range(processes))
+            for name in ("out", "err")
+        ]
+    return subprocess.CompletedProcess(argv, failed or 0, *texts)
+
+
+def run_here(argv: list[str], env: dict, output: str, prepare: Callable | None) -> None:
+    """What a process of `launch` does."""
+    from utils.console import run_main
+
+    os.environ |= {name: str(value) for name, value in env.items()}
+    for descriptor, name in ((1, "out"), (2, "err")):
+        with open(f"{output}.{name}", "w") as file:
+            os.dup2(file.fileno(), descriptor)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    if prepare is not None:
+        prepare()
+    run_main(importlib.import_module(Path(argv[0]).stem).main)
 
 
 def call(script: str, *words: str) -> subprocess.CompletedProcess:
@@ -156,10 +225,14 @@ def call(script: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, code, *texts)
 
 
-def succeed(script: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run a script that must not fail."""
-    run = call if processes == 1 else partial(shell, processes=processes)
-    done = run(script, *words)
+def succeed(
+    script: str, *words: str, processes: int = 1, prepare: Callable | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script that must not fail, in this process if one is enough."""
+    if processes == 1:
+        done = call(script, *words)
+    else:
+        done = launch(script, *words, processes=processes, prepare=prepare)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -203,8 +276,8 @@ def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> None:
     compare(torch.load(a, weights_only=True), torch.load(b, weights_only=True))
 
 
-def close_weights(ours: dict, theirs: dict) -> None:
-    """Compare two state dicts up to PROCESS_COUNT_TOLERANCE.
+def close_weights(ours: dict, theirs: dict, tolerance: float = PROCESS_COUNT_TOLERANCE) -> None:
+    """Compare two state dicts up to a tolerance.
 
     Attention is blind to its key bias, whose gradient is rounding noise that Adam blows up.
     """
@@ -216,36 +289,37 @@ def close_weights(ours: dict, theirs: dict) -> None:
         if key.endswith("attn.qkv.bias"):
             acting.view(3, -1)[1] = False
         expected = value[acting]
-        torch.testing.assert_close(
-            ours[key][acting], expected, atol=PROCESS_COUNT_TOLERANCE, rtol=0
-        )
+        torch.testing.assert_close(ours[key][acting], expected, atol=tolerance, rtol=0)
 
 
-# A training script that is killed after it has saved step 10 of a stage, or in the stage latents.
-KILL_AFTER_SAVE = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train
-stage, save, to_float = {stage!r}, train.save, train.to_float
-seen = []
+def die_after_save(stage: str) -> None:
+    """From now on, train.py is killed after it has saved step 10 of a stage.
 
-def save_then_die(checkpoint, step, dist):
-    save(checkpoint, step, dist)
-    if checkpoint.metadata["stage"] == stage and step == 10:
+    In the stage latents it is killed at the second batch.
+    """
+    import train
+
+    save, cache_latents, to_float = train.save, train.cache_latents, train.to_float
+    batches = []
+
+    def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-def cache_latents_and_die(*arguments):
-    train.to_float = die_in_the_second_batch
-    return cache_latents(*arguments)
+    def save_then_die(checkpoint, step, context):
+        save(checkpoint, step, context)
+        if checkpoint.metadata["stage"] == stage and step == 10:
+            die()
 
-def die_in_the_second_batch(images):
-    if seen:
-        os.kill(os.getpid(), signal.SIGKILL)
-    seen.append(1)
-    return to_float(images)
+    def die_in_the_second_batch(images):
+        batches.append(images)
+        if len(batches) == 2:
+            die()
+        return to_float(images)
 
-train.save, cache_latents = save_then_die, train.cache_latents
-if stage == "latents":
-    train.cache_latents = cache_latents_and_die
-train.main(sys.argv[1:])
-"""
+    def cache_latents_and_die(*arguments):
+        train.to_float = die_in_the_second_batch
+        return cache_latents(*arguments)
+
+    train.save = save_then_die
+    if stage == "latents":
+        train.cache_latents = cache_latents_and_die

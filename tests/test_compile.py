@@ -5,18 +5,11 @@ A cheap backend stands in for the real one, which needs a C++ compiler and minut
 
 import pytest
 import torch
-from reference import TINY, log_lines, succeed
+from reference import ALL_TERMS, RECIPES, TINY, log_lines, succeed
 from torch import nn
 from torch._dynamo.utils import counters
 
 STEPS = "--tokenizer_steps 3 --decoder_steps 1 --generator_steps 2 --log_every 1"
-ALL_TERMS = "--perceptual_weight 1 --adversarial_weight 0.2 --discriminator_start 1"
-RECIPES = [
-    "mactok --tokens 4",
-    "maetok --tokens 4",
-    "ldetok --tokens 0",
-    "aligntok --tokens 0",
-]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

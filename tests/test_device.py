@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference import TINY
+from reference import ALL_TERMS, RECIPES, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,7 +29,6 @@ WAITING = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select",
     "masked_scatter_backward", "bincount", "_unique2",
 }  # fmt: skip
-ALL_TERMS = "--perceptual_weight 1 --adversarial_weight 0.2 --discriminator_start 0"
 STEPS = "--tokenizer_steps 2 --decoder_steps 1 --generator_steps 2 --batch_size 2 --micro_batch 1"
 
 
@@ -125,14 +124,6 @@ def simulate(images, weights, tmp_path, monkeypatch):
     return open_run
 
 
-RECIPES = [
-    "mactok --tokens 4",
-    "maetok --tokens 4",
-    "ldetok --tokens 0",
-    "aligntok --tokens 0 --teacher dinov2_vits14",
-]
-
-
 def train_stage(context: TrainContext, stage: str) -> None:
     with Simulator():
         tokenizer = context.to_device(build_tokenizer(context.config))
@@ -142,7 +133,7 @@ def train_stage(context: TrainContext, stage: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_on_images_stays_on_its_device_and_waits_for_nothing(recipe, simulate):
-    context = simulate(ALL_TERMS, "--recipe", recipe)
+    context = simulate(ALL_TERMS, "--discriminator_start 0 --recipe", recipe)
     for stage in context.config.stages:
         train_stage(context, stage)
 

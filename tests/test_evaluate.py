@@ -1,7 +1,6 @@
 """evaluate.py: rFID, probe, statistics and comparison, on a run with an untrained tokenizer."""
 
 import json
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ENV, ROOT, TINY, command, make_folder, official_folder
+from reference import TINY, launch, make_folder, official_folder
 
 import evaluate
 import fid
@@ -215,28 +214,16 @@ def test_photographs_of_many_sizes_are_cropped_as_in_training(weights, tmp_path,
 # --------------------------------------------------------------------------------------------------
 # What all commands have in common.
 
-QUICK_EVALUATE = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import evaluate
-import fid
-from utils.console import run_main
 
+def take_pixels_as_features() -> None:
+    """In another process: batches of 5, and no Inception."""
 
-def features(model, images, resize):
-    pixels = images[:, :, ::3, ::3].flatten(1).cpu().float()
-    return pixels + pixels.mean(0)
+    def features(model, images, resize):
+        pixels = images[:, :, ::3, ::3].flatten(1).cpu().float()
+        return pixels + pixels.mean(0)
 
-
-def run_all(commands):
-    for words in commands:
-        evaluate.main(words.split())
-
-
-fid.BATCH_SIZE = 5
-evaluate.inception_features = features
-run_main(run_all)
-"""
+    fid.BATCH_SIZE = 5
+    evaluate.inception_features = features
 
 
 def test_no_figure_depends_on_the_process_count(tiny_run, weights, tmp_path):
@@ -245,8 +232,6 @@ def test_no_figure_depends_on_the_process_count(tiny_run, weights, tmp_path):
     Pixels take the place of Inception's features, to be quick; as those, they depend on what else
     is in the batch.
     """
-    script = tmp_path / "quick.py"
-    script.write_text(QUICK_EVALUATE)
     images = tiny_run / "images"
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -256,11 +241,14 @@ def test_no_figure_depends_on_the_process_count(tiny_run, weights, tmp_path):
             f"probe {tiny_run} --data {images} --report {out}/probe.json",
             f"stats {images} {out}/stats.npz --weights {weights} --image_size 16",
         )
-        argv = [*command(script, processes=processes), *commands]
-        done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "warning" in done.stderr
-        assert "too few for a full-rank covariance" in done.stderr
+        messages = ""
+        for words in commands:
+            flags = dict(processes=processes, prepare=take_pixels_as_features)
+            done = launch("evaluate.py", words, **flags)
+            assert done.returncode == 0, done.stderr[-3000:]
+            messages += done.stderr
+        assert "warning" in messages
+        assert "too few for a full-rank covariance" in messages
     for name in ("rfid", "probe"):
         alone = read(tmp_path / "1" / f"{name}.json")
         shared = read(tmp_path / "2" / f"{name}.json")

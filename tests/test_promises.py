@@ -56,7 +56,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiT, "loss", spy)
-        steps = "--tokenizer_steps 120 --decoder_steps 2 --generator_steps 250"
+        steps = "--tokenizer_steps 60 --decoder_steps 2 --generator_steps 120 --generator_lr 3e-3"
         steps += " --generator_batch_size 32 --recipe kl --sampling_steps 10"
         train.main(f"{TINY} {steps} --data {root}/images --out {root}/out".split())
     return root, torch.cat(seen)

@@ -64,9 +64,11 @@ def read_commands(text: str) -> list[list[str]]:
 def shrink(script: str, arguments: list[str], weights) -> list[str]:
     """The same command, with tiny sizes and without official weights."""
     if script == "train.py":
+        if "--tokenizer" in arguments:  # whose values are taken
+            return [*arguments, *TINY_STEPS.split()]
         config, _ = options.parse_config(arguments)  # as it is written
         tokens = min(4, config.num_latent_tokens)
-        tiny = f"{TINY} {TINY_STEPS} {NO_WEIGHTS} --patch_size 2 --tokens {tokens}"
+        tiny = f"{TINY} {TINY_STEPS} {NO_WEIGHTS} --tokens {tokens}"
         return [word for word in (*arguments, *tiny.split()) if word != "--compile"]
     if script == "lab.py":
         return [*arguments, "--only", "no", "--seeds", "1", "--steps", "2", *TINY.split()]

@@ -2,22 +2,21 @@
 
 import os
 import re
-import subprocess
-import sys
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from reference import (
-    ENV,
-    KILL_AFTER_SAVE,
     PROCESS_COUNT_TOLERANCE,
     ROOT,
     TINY,
     call,
     close_weights,
+    die_after_save,
     fill,
+    launch,
     log_lines,
     same_weights,
     succeed,
@@ -49,17 +48,17 @@ FAMILY = {  # recipe: flags, and the stage in which it is killed
 
 # DINOv2's layout, narrow and shallow, so that a checkpoint has 12 MB in place of 350.
 SMALL = (48, 2, 3, 14, 37, 0)
-SMALL_DINOV2 = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import align
-align.VIT_CONFIGS["dinov2_vits14"] = {SMALL}
-"""
+
+
+def use_small_dinov2(dies_in: str = "") -> None:
+    """In another process: make DINOv2 small, and let training die in a stage."""
+    align.VIT_CONFIGS["dinov2_vits14"] = SMALL
+    die_after_save(dies_in)
 
 
 @pytest.fixture
 def small_dinov2(monkeypatch, tmp_path):
-    """A folder with a small DINOv2's file; SMALL_DINOV2 does the same in another process."""
+    """A folder with a small DINOv2's file."""
     monkeypatch.setitem(align.VIT_CONFIGS, "dinov2_vits14", SMALL)
     state = align.ViT("dinov2_vits14").state_dict()
     state = {key: fill(key, value.shape) for key, value in state.items()}
@@ -86,9 +85,8 @@ def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(
             assert all(np.isfinite(v) for v in line.values() if not isinstance(v, str))
 
     # One that is killed, and goes on.
-    script = SMALL_DINOV2 + KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
-    argv = [sys.executable, "-c", script, *f"{words} --out {broken}".split()]
-    killed = subprocess.run(argv, capture_output=True, env=ENV)
+    prepare = partial(use_small_dinov2, dies_in=stage)
+    killed = launch("train.py", words, f"--out {broken}", prepare=prepare)
     assert killed.returncode == -9 and read_checkpoint(broken / f"{stage}.pt")["step"] == 10
     train.main(f"{words} --out {broken}".split())
     for name in (*stages, "generator"):
@@ -96,9 +94,8 @@ def test_a_recipe_trains_resumes_bit_for_bit_and_equals_itself_on_two_processes(
     assert (broken / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
 
     # Two processes, with accumulation.
-    script = tmp_path / "small.py"
-    script.write_text(SMALL_DINOV2 + "import train\ntrain.run_main(train.main)")
-    succeed(script, words, f"--out {two} --micro_batch 1", processes=2)
+    flags = f"--out {two} --micro_batch 1"
+    succeed("train.py", words, flags, processes=2, prepare=use_small_dinov2)
     for name in stages[:2]:
         for ours, theirs in zip(log_lines(two, name), log_lines(whole, name), strict=True):
             tolerance = 10 * PROCESS_COUNT_TOLERANCE

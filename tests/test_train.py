@@ -7,8 +7,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from reference import (
     ENV,
-    KILL_AFTER_SAVE,
     PROCESS_COUNT_TOLERANCE,
-    ROOT,
     TINY,
     TINY_STEPS,
     call,
     close_weights,
     command,
+    die_after_save,
     filled,
+    launch,
     log_lines,
     make_folder,
     official_folder,
@@ -172,11 +172,9 @@ def test_latent_statistics_are_those_of_the_latents(finished):
 def test_kill_and_resume_equal_an_unbroken_run_bit_for_bit(finished, whole, tmp_path):
     """kill -9 after step 10 of each stage in turn, and while the latents are written."""
     out = tmp_path / "broken"
-    arguments = command("train.py", whole, f"--out {out}")[2:]
     for stage in ("tokenizer", "decoder", "latents", "generator"):
-        script = KILL_AFTER_SAVE.format(root=str(ROOT), stage=stage)
-        argv = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(argv, capture_output=True, text=True, env=ENV)
+        prepare = partial(die_after_save, stage)
+        done = launch("train.py", whole, f"--out {out}", prepare=prepare)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     succeed("train.py", whole, f"--out {out}")
     assert not list(out.glob("*.tmp"))  # what the killed runs left behind is removed
@@ -214,11 +212,10 @@ def test_two_processes_equal_one(finished, whole, tmp_path):
 
 def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_path):
     out = tmp_path / "mixed"
-    stop = KILL_AFTER_SAVE.format(root=str(ROOT), stage="tokenizer")
-    arguments = command("train.py", whole, f"--out {out} --stage tokenizer")[2:]
-    subprocess.run([sys.executable, "-c", stop, *arguments], capture_output=True, env=ENV)
+    words = f"{whole} --out {out} --stage tokenizer"
+    launch("train.py", words, prepare=partial(die_after_save, "tokenizer"))
     assert read_checkpoint(out / "tokenizer.pt")["step"] == 10
-    succeed("train.py", whole, f"--out {out} --stage tokenizer --micro_batch 1", processes=2)
+    succeed("train.py", words, "--micro_batch 1", processes=2)
     ours, theirs = (read_checkpoint(run / "tokenizer.pt") for run in (out, finished))
     close_weights(ours["model"], theirs["model"])
 
