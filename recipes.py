@@ -154,13 +154,13 @@ class Config:
         help="1: mirror images at random; 0 for text, arrows and the like")
     optimizer: str = option("muon", "paper B.1: adamw", choices=OPTIMIZERS,
         help="of the tokenizer; muon: Muon for the matrices of its blocks, AdamW for the rest")
-    lr: float = option(2e-3, "config: 1e-4", min=0,
+    lr: float = option(4e-3, "config: 1e-4", min=0,
         help="peak learning rate, which falls to zero along a cosine")
     warmup_steps: int = option(50, "paper B.1: 5000; 10000 at 512 px", min=0,
         help="steps of linear warm-up to lr")
-    tokenizer_steps: int = option(3000, "paper B.1: 250000; 500000 at 512 px", min=1,
+    tokenizer_steps: int = option(800, "paper B.1: 250000; 500000 at 512 px", min=1,
         help="steps of all image stages but the last")
-    decoder_steps: int = option(150, "paper C.2: 10 epochs", min=1, resume_scope="decoder",
+    decoder_steps: int = option(100, "paper C.2: 10 epochs", min=1, resume_scope="decoder",
         help="steps of the decoder stage")
     ema_decay: float = option(0.999, "config: 0.9999", min=0, max=1,
         help="decay of the averaged weights, after a warm-up")
@@ -174,9 +174,9 @@ class Config:
         resume_scope="generator", help="latents per step, over all processes")
     generator_micro_batch: int = option(0, "ours", min=0, resume_scope="none",
         help="latents per forward pass and process (0: all)")
-    generator_lr: float = option(1e-3, "config: 1e-4", min=0, resume_scope="generator",
+    generator_lr: float = option(3e-3, "config: 1e-4", min=0, resume_scope="generator",
         help="constant learning rate of the generator")
-    generator_steps: int = option(3500, "paper 4.1: 4000000 for XL, 500000 for B", min=1,
+    generator_steps: int = option(1500, "paper 4.1: 4000000 for XL, 500000 for B", min=1,
         resume_scope="none", help="steps of the generator stage")
     sampling_steps: int = option(50, "config: 250", min=1, resume_scope="none",
         help="solver steps of the samples at the end")
@@ -188,7 +188,7 @@ class Config:
         help="images that are held out for evaluation, at most a tenth of the data")
     log_every: int = option(50, "ours", min=1, resume_scope="none",
         help="steps between lines of log.jsonl")
-    save_every: int = option(500, "ours", min=1, resume_scope="none",
+    save_every: int = option(250, "ours", min=1, resume_scope="none",
         help="steps between checkpoints, and between evaluations of image stages")
     num_workers: int = option(0, "ours", min=0, flag="workers", resume_scope="none",
         help="data-loading processes per training process")
@@ -302,10 +302,13 @@ SMALL_PRESETS = ("toy", "s128")  # the other papers' full-size values do not app
 
 # The toy with more latent tokens, by their number. Small batches learn most in few minutes (ours).
 TOY_TOKENS = {
-    64: dict(latent_dim=4, generator_batch_size=16),
+    64: dict(
+        latent_dim=4, tokenizer_steps=1_000,
+        generator_batch_size=16, generator_lr=2e-3, generator_steps=3_500,
+    ),
     128: dict(
-        latent_dim=4, batch_size=4, tokenizer_steps=6_000,
-        generator_batch_size=8, generator_steps=9_000, sampling_steps=25,
+        latent_dim=4, batch_size=8, tokenizer_steps=1_000,
+        generator_batch_size=8, generator_lr=2e-3, generator_steps=4_000, sampling_steps=25,
     ),
 }
 
@@ -329,8 +332,12 @@ RECIPES = {
     "ae": NO_ALIGNMENT | PLAIN_AE | dict(mask="none"),  # also without noise and KL
 }
 TOY_RECIPES = {  # ours: latents on the patch grid have fewer channels, and SiT smaller batches
-    "ldetok": dict(latent_dim=4, generator_batch_size=16),
-    "aligntok": dict(latent_dim=8, generator_batch_size=16),
+    "ldetok": dict(
+        latent_dim=4, generator_batch_size=16, generator_lr=2e-3, generator_steps=3_000,
+    ),
+    "aligntok": dict(
+        latent_dim=8, generator_batch_size=16, generator_lr=2e-3, generator_steps=3_000,
+    ),
 }
 FULL_RECIPES = {
     "mactok": {},

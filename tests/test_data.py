@@ -436,6 +436,10 @@ def test_split_is_disjoint_and_covers_everything():
         train, val = train_val_split([0] * count, 256)
         assert len(val) == num_val
         assert sorted([*train, *val]) == list(range(count))
+    # They come from all over the data set: of 4 classes as many each, the last image among them.
+    labels = np.repeat(range(4), 25)
+    _, val = train_val_split(labels.tolist(), 8)
+    assert np.bincount(labels[val]).tolist() == [2] * 4 and val[-1] == 99
     # Where at most one image could be held out, all serve as both.
     for count, num_val in ((7, 4), (19, 256), (100, 1)):
         train, val = train_val_split([0] * count, num_val)
@@ -475,6 +479,8 @@ def test_batches_cover_each_epoch_once_and_do_not_depend_on_the_process_count():
     second_epoch = sum(whole, [])[10:]
     assert sorted(first_epoch) == sorted(second_epoch) == list(range(10))
     assert first_epoch != list(range(10))
+    assert first_epoch != second_epoch
+    assert next(batch_indices(range(10), 4, 1, 0, [slice(0, 4)])) != whole[0]  # another seed
     micro_batches = batches(10, 0, slice(0, 2), slice(2, 4))
     assert sum(micro_batches, []) == sum(whole, [])
     resumed = batches(2, 3, slice(0, 4), indices=np.arange(100, 110))

@@ -67,6 +67,30 @@ def test_shapes_and_gradients_reach_every_parameter(bottleneck):
     assert without_gradient == []
 
 
+def test_the_encoders_outputs_are_those_of_its_latent_tokens():
+    """Without blocks, nothing goes from the image to them."""
+    encoder = toy().encoder
+    encoder.blocks = nn.Identity()
+    expected = encoder.norm(encoder.latent_tokens).expand(2, -1, -1)
+    torch.testing.assert_close(encoder(random_images(2)), expected)
+
+
+def test_hidden_patches_share_a_token_and_keep_their_positions():
+    encoder = toy().encoder
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 3:9] = True
+    x = encoder.embed_patches(random_images(1), mask)[0]
+    expected = encoder.mask_token + encoder.pos_embed[0]
+    torch.testing.assert_close(x[mask[0]], expected[mask[0]])
+    assert not torch.isclose(x, expected).all(dim=1)[~mask[0]].any()
+
+
+def test_training_starts_with_little_noise():
+    model = toy()
+    posterior = model.bottleneck(torch.zeros(1, 4, model.encoder.width))
+    assert posterior.logvar.eq(-4).all() and posterior.mean.eq(0).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_that_is_passed_hides_pixels_in_training_and_eval_alike(training):
     model = toy().train(training)

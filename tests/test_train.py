@@ -516,7 +516,7 @@ def test_flags_win_over_recipes_and_those_over_presets():
     assert config.for_stage("tokenizer") == config
     assert config.stages["decoder"].trainable == ("decoder.",)
     more, _ = options.parse_config("--tokens 128 --generator_steps 5 --sampling_steps 9".split())
-    assert (more.patch_size, more.latent_dim, more.tokenizer_steps) == (2, 4, 6000)
+    assert (more.patch_size, more.latent_dim, more.batch_size) == (2, 4, 8)
     assert (more.generator_steps, more.sampling_steps) == (5, 9)
     baseline, _ = options.parse_config("--recipe kl --local_weight 0.3".split())
     assert (baseline.mask, baseline.local_weight, baseline.global_weight) == ("none", 0.3, 0.0)
