@@ -62,7 +62,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU, Linear: (..., width) -> (..., out_dim).
 
-    `gelu` is "none" for the exact GELU (DINOv2) or "tanh" for its approximation (SiT).
+    `gelu` is PyTorch's name of a form of GELU: "none" is the exact one (DINOv2), "tanh" its
+    approximation (SiT).
     """
 
     def __init__(self, width: int, hidden_dim: int, out_dim: int, gelu: str = "none"):
@@ -167,8 +168,8 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = nn.Parameter(sincos_2d(grid_size, width)[None])  # 2D absolute, trained
         self.mask_token = nn.Parameter(torch.zeros(1, width))
-        # Each latent token is learned, so that it is its own 1D position: a learned position would
-        # be the same parameter a second time. They start as normal numbers (ours).
+        # Nothing is added for the positions of latent tokens: a learned position beside a learned
+        # token would be the same parameter twice. They start as samples of N(0, 1) (ours).
         self.latent_tokens = nn.Parameter(torch.randn(1, num_latent_tokens, width))
         self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -193,7 +194,7 @@ class Encoder(nn.Module):
 # A posterior is a named tuple of tensors (B, L, C) which offers
 #
 #     mean, std        (B, L, C); they are stored for each image once the tokenizer is trained
-#     sample(noise)    z (B, L, C), what the decoder sees
+#     sample(noise)    z (B, L, C), which is decoded
 #     losses()         {name: scalar}
 #     statistics()     {name: tensor}, averages over the batch, which `summarize` turns into numbers
 #
@@ -201,7 +202,8 @@ class Encoder(nn.Module):
 # kl_weight for "kl". Its last linear layer is called `proj`, because AlignTok's adaptive weight
 # reads the gradient there. To try another bottleneck, such as a vector quantizer, write a class
 # like these, give it a row in BOTTLENECKS, and add its weights to recipes.py. Without noise, std is
-# zero, as in `Deterministic`. Generated latents go to the decoder as they are; none is quantized.
+# zero, as in `Deterministic`. Generated latents go to the decoder as they are, without passing
+# through the bottleneck.
 
 
 class DiagonalGaussian(NamedTuple):
@@ -389,8 +391,8 @@ class Tokenizer(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.bottleneck = BOTTLENECKS[bottleneck](self.encoder.width, latent_dim)
-        # Mean and standard deviation of z per channel over the training set, which are set once,
-        # after training (train.cache_latents), and are stored with the weights.
+        # Mean and standard deviation of z per channel over the training set. They are set after
+        # training, by train.cache_latents, and are stored with the weights in generator.pt.
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
@@ -432,8 +434,8 @@ def latent_moments(mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     Unlike a variance, they can be averaged over batches and processes.
     """
     return {
-        "latent_mean": mean.mean(dim=0),
-        "latent_mean_square": mean.square().mean(dim=0),
+        "posterior_mean": mean.mean(dim=0),
+        "posterior_mean_square": mean.square().mean(dim=0),
         "z_square": (mean.square() + std.square()).mean(dim=0),
     }
 
@@ -446,9 +448,9 @@ def summarize(averages: dict[str, Tensor]) -> dict[str, float]:
     2016); z_std is the standard deviation of z around the mean of its coordinate.
     """
     numbers = {name: value.item() for name, value in averages.items() if value.ndim == 0}
-    if "latent_mean" in averages:
-        mean = averages["latent_mean"]  # (L, C)
-        variance = averages["latent_mean_square"] - mean.square()
+    if "posterior_mean" in averages:
+        mean = averages["posterior_mean"]  # (L, C)
+        variance = averages["posterior_mean_square"] - mean.square()
         z_variance = averages["z_square"] - mean.square()
         if "kl" in numbers:
             num_tokens = len(mean)
@@ -470,7 +472,8 @@ def resample_patch_embed(kernel: Tensor, patch_size: int) -> Tensor:
     """(D, 3, p, p) -> (D, 3, patch_size, patch_size), FlexiViT's eq. 4.
 
     Let R be the matrix of a bicubic, antialiased resize of p x p pixels, flattened, to the new
-    size. The new kernel is kernel @ pinv(R), so that a resized patch keeps its embedding.
+    size. The new kernel is kernel @ pinv(R): a patch that is resized to a larger size keeps its
+    embedding, and one that is resized to a smaller size keeps it as well as possible.
     """
     src_size = kernel.shape[-1]
     basis = torch.ones(src_size**2).diag().view(-1, 1, src_size, src_size)

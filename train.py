@@ -10,12 +10,13 @@ Running the same command again resumes. A run has these stages, each with its fi
 
     tokenizer   the whole tokenizer                tokenizer.pt, masks.png, reconstructions.png
     decoder     the decoder alone                  decoder.pt, reconstructions.png
-    latents     every image is encoded once        latents.npy, latents.json
+    latents     training images are encoded once   latents.npy, latents.json
     generator   a transformer on the latents       generator.pt, samples.png
 
 AlignTok has the stages adapter and joint in place of tokenizer; all recipes have the other stages.
-recipes.py holds every value with its source, and docs/method.md walks through the equations. x is a
-batch of images (B, 3, H, W), z are latents (B, L, C), and B is the number of rows of a micro batch.
+recipes.py holds every value with its source, and docs/method.md walks through the equations. In the
+tokenizer's loop x is a micro batch of images (B, 3, H, W), the part of a batch that one process
+takes at once, and z are its latents (B, L, C).
 """
 
 import copy
@@ -86,7 +87,7 @@ COLLAPSE_THRESHOLD = 0.05  # KL in nats per token, at which or below a warning i
 
 
 # --------------------------------------------------------------------------------------------------
-# What the loops train.
+# Masks, and the modules that the loops train.
 
 
 class PatchMask(NamedTuple):
@@ -110,7 +111,7 @@ def draw_mask(
     min_ratio = ratio_scale * config.mask_ratio_min
     u = rng.rand()
     num_hidden = None
-    if config.drop_masked:  # l-DeTok has one ratio per step, which the CPU has to know
+    if config.drop_masked:  # l-DeTok has one ratio per step: it decides the shape of tensors
         shared = torch.tensor([rng.shared_rand()])
         shared_ratio = masking.sample_mask_ratio(shared, max_ratio, min_ratio)
         num_hidden = int((shared_ratio * num_patches).round())
@@ -147,19 +148,19 @@ class TokenizerWithLosses(nn.Module):
         num_tokens, latent_dim = posterior.mean.shape[1:]
         z = posterior.sample(rng.randn(num_tokens, latent_dim))  # eq. 8
 
-        # The decoder sees z, with two exceptions.
+        # The decoder sees z, which is changed in these cases.
         z_dec = z
         if config.latent_mask:  # the ablation that the paper shows to fail (fig. 1)
             z_dec = masking.mask_latents(z_dec, masking.random_mask(ratio, rng.rand(num_tokens)))
         if config.latent_noise:  # l-DeTok
             noise = rng.randn(num_tokens, latent_dim)
             z_dec = family.add_latent_noise(z_dec, rng.rand(), noise, config.latent_noise)
-        if config.drop_masked:  # l-DeTok
+        if config.drop_masked:  # l-DeTok, where each latent belongs to a patch
             z_dec = masking.mask_latents(z_dec, mask)
         recon = self.tokenizer.decode(z_dec)
 
         losses = posterior.losses()  # KL, eq. 9
-        for loss_module in self.loss_modules:  # alignment, eq. 3-6
+        for loss_module in self.loss_modules:  # alignment, eq. 3-6, or another paper's
             losses |= loss_module(z, targets, mask)
         return recon, posterior, losses
 
@@ -184,8 +185,9 @@ def train_tokenizer(
 ) -> dict[str, float]:
     """One stage on images: the whole objective (eq. 7), or the decoder alone (section 4.1).
 
-    The tokenizer starts with the previous stage's weights and ends with this stage's averaged ones;
-    the discriminator goes on, too. Returns the quality of held-out reconstructions.
+    The tokenizer starts with the previous stage's weights and ends with this stage's averaged ones.
+    The discriminator goes on from the previous stage without averages. Returns the quality of
+    held-out reconstructions.
     """
     config = context.config.for_stage(stage)  # with the overrides of this stage
     stage_settings = config.stages[stage]
@@ -197,7 +199,7 @@ def train_tokenizer(
     num_micro = len(micro_slices)  # micro batches, whose gradients are accumulated
 
     # ---- Networks ----
-    torch.manual_seed(config.seed)  # initial weights do not depend on what ran before
+    torch.manual_seed(config.seed)  # for the initial weights of the loss modules
     for name, parameter in tokenizer.named_parameters():
         parameter.requires_grad_(name.startswith(stage_settings.trainable))  # such as ("decoder.",)
     frozen = load_frozen_networks(context, config)
@@ -222,12 +224,14 @@ def train_tokenizer(
     loader = iter(image_loader(context.data, batches, config.num_workers))
     log = MetricLog(context.path("log.jsonl"), stage, dist)
     if dist.is_main and "teacher" in frozen.teachers and start_step == steps_before == 0:
-        # A copy is not compiled. Eight images would make torch.compile expect batches of any size.
+        # The copy is not compiled. A compiled teacher would be compiled anew for eight images, and
+        # from then on for batches of any size, which is slower.
         draw_masks(copy.deepcopy(frozen.teachers["teacher"]), context)
 
-    # The tokenizer gets the discriminator's gradient a quarter of its start later (ours).
+    # The discriminator trains from its start on, which is counted over all stages. The tokenizer
+    # gets the adversarial gradient from 1.25 times that step on (ours).
     disc_start = config.discriminator_start - steps_before
-    gan_start = disc_start + config.discriminator_start // 4
+    g_loss_start = disc_start + config.discriminator_start // 4
 
     def batch_mean(micro_batch_sum: Tensor) -> Tensor:
         return dist.all_reduce(micro_batch_sum) / (num_micro * dist.world_size)
@@ -238,7 +242,7 @@ def train_tokenizer(
         for step in bar:
             lr = warmup_cosine(step, total_steps, config)
             train_disc = gan is not None and step >= disc_start
-            use_g_loss = gan is not None and step >= gan_start
+            use_g_loss = gan is not None and step >= g_loss_start
             ratio_scale = 1 - step / total_steps if stage_settings.anneal_mask_ratio else 1.0
             if preserve_weight is not None:
                 loss_weights["preservation"] = config.preservation_weight * preserve_weight.value
@@ -268,13 +272,14 @@ def train_tokenizer(
                     if frozen.lpips is not None:
                         pixel_losses["perceptual"] = frozen.lpips(recon_leaf, x).mean()
                     if train_disc:
-                        rand = rng.rand(4, NUM_AUG_PARAMS)  # two augmentations of fake and of real
+                        rand = rng.rand(4, NUM_AUG_PARAMS)  # for four augmentations
                         backbone = frozen.disc_backbone
                         outputs = ddp_gan(backbone, recon_leaf, x, rand, with_g_loss=use_g_loss)
                         d_loss, g_loss, gan_metrics = outputs
 
-                # 4. Backward through the sum of all losses (eq. 7). pull_back continues a gradient
-                # from the leaf into the decoder. The adaptive weights are those of the step before.
+                # 4. Backward through the sum of all losses (eq. 7). pull_back returns a scalar
+                # whose backward pass sends the leaf's gradient into the decoder; only its gradient
+                # matters. An adaptive weight observes each micro batch, for its next value.
                 rec_loss = pull_back(recon, recon_leaf, weighted_sum(pixel_losses, loss_weights))
                 loss = rec_loss
                 if use_g_loss:
@@ -295,7 +300,7 @@ def train_tokenizer(
                 log.add(losses | {"loss": weighted_sum(losses, loss_weights)})
                 log.add(posterior.statistics())
 
-            # 5. Optimizer step and averages.
+            # 5. Optimizer step, averaged weights, and the adaptive weights of the next step.
             log.add(clip_and_step(trained, optimizers, lr))
             update_ema(ema, tokenizer, config.ema_decay, step)
             if train_disc:
@@ -364,13 +369,13 @@ def train_generator(
                 mean, std, y = (part.to(device, non_blocking=True) for part in next(loader))
                 z = mean + std * rng.randn(*mean.shape[1:])  # (B, L, C)
 
-                # The loss draws times and noise (eq. in sit.py), and the learning rate is constant.
+                # The loss draws times and noise; see sit.flow_matching_loss.
                 with context.autocast():
                     loss = ddp_loss(tokenizer.normalize(z), y, rng).mean()
                 (loss / len(micro_slices)).backward()
                 log.add({"loss": loss})
 
-            # Optimizer step and averages.
+            # Optimizer step at a constant learning rate, and averaged weights.
             log.add(clip_and_step({"model": generator}, optimizers, config.generator_lr))
             update_ema(ema, generator, config.ema_decay, step)
             log.end_step()
@@ -389,7 +394,7 @@ def train_generator(
 
 
 # --------------------------------------------------------------------------------------------------
-# Steps of the loops.
+# What both loops call.
 
 
 def random_flip(x: Tensor, rand: Tensor) -> Tensor:
@@ -434,10 +439,11 @@ def warmup_cosine(step: int, total_steps: int, config: Config) -> float:
 def clip_and_step(
     modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], lr: float
 ) -> dict[str, Tensor]:
-    """Clip the gradients of each module, step, and clear them. Returns the gradient norms.
+    """Clip the gradients of each module, step, and clear them.
 
-    If a gradient is not finite, no optimizer changes anything. Gradients are the same in all
-    processes, so that all skip the same steps, and the CPU does not wait for the GPU to find out.
+    If a gradient is not finite, no optimizer changes anything. All processes then skip the same
+    step, because their gradients are equal. The decision is made on the GPU, which is not waited
+    for. Returns the gradient norms and, as "skipped_share", 1 for a skipped step and 0 otherwise.
     """
     norms = {}
     for name, module in modules.items():
@@ -476,7 +482,10 @@ def is_time(done: int, every: int, total_steps: int) -> bool:
 def write_line(
     log: MetricLog, step: int, lr: float, batch_size: int, context: TrainContext
 ) -> dict[str, float]:
-    """Average the metrics since the last line, write them, and warn of what is wrong."""
+    """Average the metrics since the last line, write them, and warn of what is wrong.
+
+    Raises UserError if all steps since then, and at least ten, were skipped.
+    """
     images_per_second = batch_size * log.steps_per_second()
     num_steps = log.num_steps
     line = summarize(log.flush())
@@ -554,7 +563,7 @@ def is_finished(context: TrainContext, stage: str) -> bool:
     if not path.exists():
         return False
     saved = read_checkpoint(path, mmap=True)  # reads the metadata, not the weights
-    encoder_hash = saved["identity"].get("encoder")  # not known here, so it is not checked
+    encoder_hash = saved["identity"].get("encoder")  # the file's own, because ours is not known
     check_identity(path, saved, context.identity(stage, encoder_hash))
     return saved["step"] >= context.config.total_steps(stage)
 
@@ -576,7 +585,7 @@ def load_previous_stage(
         earlier = names[: names.index(stage)]
     else:
         earlier = [name for name in names if context.path(f"{name}.pt").exists()]
-        earlier = earlier or names[:1]  # which is then missed below
+        earlier = earlier or names[:1]  # the error below names it
     if not earlier:
         init_from_pretrained(context, tokenizer)
         return
@@ -585,7 +594,7 @@ def load_previous_stage(
     if not path.exists():
         raise UserError(f"{path} does not exist; run the {previous} stage first")
     saved = read_checkpoint(path)
-    encoder_hash = saved["identity"].get("encoder")  # not known here, so it is not checked
+    encoder_hash = saved["identity"].get("encoder")  # the file's own, because ours is not known
     check_identity(path, saved, context.identity(previous, encoder_hash))
     total_steps = context.config.total_steps(previous)
     if saved["step"] < total_steps:
@@ -610,9 +619,10 @@ def latents_size(context: TrainContext) -> int:
 
 @torch.no_grad()
 def cache_latents(context: TrainContext, tokenizer: Tokenizer, encoder_hash: str) -> LatentDataset:
-    """Encode each training image once, and give the tokenizer the latents' statistics.
+    """Encode all training images, and give the tokenizer the latents' statistics.
 
-    Unless --flip is 0, rows 2 i and 2 i + 1 of latents.npy are image i and its mirror image.
+    Unless --flip is 0, rows 2 i and 2 i + 1 of latents.npy are image i and its mirror image. If the
+    file is there already, and is of this encoder and these images, it is only opened.
     """
     path = context.path("latents.npy")
     num_tokens, latent_dim = tokenizer.num_latent_tokens, tokenizer.latent_dim
@@ -638,14 +648,13 @@ def cache_latents(context: TrainContext, tokenizer: Tokenizer, encoder_hash: str
                 moments = torch.stack([mean, mean.square(), std.square()]).double()
                 sums += moments.sum(dim=(1, 2))
         means = context.dist.all_reduce(sums) / (count * num_tokens)
-        latent_mean, mean_square, mean_variance = means
+        latent_mean, mean_square, average_variance = means
         # Var(z) = Var(mean) + E(std^2), the law of total variance.
-        latent_std = (mean_square - latent_mean.square() + mean_variance).sqrt()
+        latent_std = (mean_square - latent_mean.square() + average_variance).sqrt()
         if not latent_std.min() > 0:
             raise UserError(
                 f"latent channel {int(latent_std.argmin())} is the same for all images, so that it "
-                "cannot be normalized: the tokenizer has collapsed; train it again, with a lower "
-                "--lr"
+                "cannot be normalized; train the tokenizer again, with a lower --lr"
             )
         if context.dist.is_main:
             write_metadata(path, encoder_hash, context.data.fingerprint, latent_mean, latent_std)

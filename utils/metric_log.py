@@ -54,11 +54,20 @@ class MetricLog:
         return 1 / float(np.median(np.diff(self.step_ends)))
 
     def flush(self) -> dict[str, Tensor]:
-        """The averages since the last call, over all processes."""
+        """The averages since the last call, over all processes, on the CPU.
+
+        All metrics go together, so that a GPU is waited for once.
+        """
+        pairs = {
+            name: torch.stack([total, self.counts[name].float()])
+            for name, total in self.sums.items()
+        }
+        flat = torch.cat([pair.flatten() for pair in pairs.values()])
+        parts = self.dist.all_reduce(flat).cpu().split([pair.numel() for pair in pairs.values()])
         averages = {}
-        for name, total in self.sums.items():
-            both = self.dist.all_reduce(torch.stack([total, self.counts[name].float()]))
-            averages[name] = both[0] / both[1]
+        for (name, pair), part in zip(pairs.items(), parts):
+            total, count = part.view(pair.shape)
+            averages[name] = total / count
         self.sums = {}
         self.counts = {}
         self.step_ends = self.step_ends[-1:]
