@@ -106,7 +106,7 @@ class TrainContext:
             if field.metadata["resume_scope"] in scopes
         }
         if self.config.teacher_file:  # a file may move, but not change
-            values["teacher"] = f"file with SHA-256 {self.teacher_hash}"
+            values["teacher"] = f"file of SHA-256 {self.teacher_hash[:16]}"
         values |= {"stage": stage, "classes": list(self.data.classes)}
         return values | {"data": self.data.fingerprint, "encoder": encoder_hash}
 

@@ -32,7 +32,14 @@ from torch import Tensor
 
 import train
 from align import HOG
-from classifiers import Judge, SmallTeacher, save_classifier, share_found, train_classifier
+from classifiers import (
+    Judge,
+    SmallTeacher,
+    load_judge,
+    save_classifier,
+    share_found,
+    train_classifier,
+)
 from evaluate import hide_half
 from masking import cls_similarity
 from measures import measure, read_all_images
@@ -243,8 +250,8 @@ def read_cell(cell: Cell) -> dict | None:
 def read_run(folder: Path) -> tuple[dict, dict]:
     """The config of a finished run, and what tables and pictures need.
 
-    That is the config's values, the measures, the last PSNR, "plots" (see `measure`) and "curve":
-    {step: line of the log} of the first stage.
+    That is the config's values, the measures, the last PSNR, "plots" (see `measure`), and {step:
+    line of the log} of the first stage, "curve", and of the generator, "generator_curve".
     """
     result = read_json(folder / "result.json")
     run = {}
@@ -252,6 +259,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         if isinstance(value, dict):  # the config, and each stage in order
             run |= value
     run |= {"curve": read_curve(folder / "log.jsonl")}
+    run |= {"generator_curve": read_curve(folder / "log.jsonl", "generator")}
     run |= read_json(folder / "cell.json") | {"plots": load_torch(folder / "plots.pt")}
     if "generator" in result:
         run["distance"] = next(
@@ -262,10 +270,11 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     return {**result["config"]}, run
 
 
-def read_curve(path: Path) -> dict[int, dict]:
-    """The log of the first stage by step. Of several lines on a step the last one counts.
+def read_curve(path: Path, stage: str = "") -> dict[int, dict]:
+    """The log of a stage, or of the first one, by step.
 
-    A line that is not whole, as a killed run may leave it, is passed over.
+    Of several lines on a step the last one counts. A line that is not whole, as a killed run may
+    leave it, is passed over.
     """
     curves = {}
     for text in path.read_text().splitlines():
@@ -275,7 +284,7 @@ def read_curve(path: Path) -> dict[int, dict]:
             steps.setdefault(line["step"], {}).update(line)
         except (ValueError, KeyError, TypeError):
             continue
-    return next(iter(curves.values()), {})
+    return curves.get(stage or next(iter(curves), ""), {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,6 +485,8 @@ class Pictures:
         yield "_images", self.draw_images()
         yield "_latents", self.draw_latents()
         yield "_probe", self.draw_probe()
+        if any("mixture" in run for run in self.trained):  # there are generators
+            yield "_generator", self.draw_generator()
 
     def make_figure(self, title: str, height: float, rows: int = 1, columns: int = 1, **kwargs):
         from matplotlib.figure import Figure
@@ -582,6 +593,26 @@ class Pictures:
         )
         return figure
 
+    def draw_generator(self):
+        """The generator's loss during training, and how well mixtures of Gaussians fit latents."""
+        figure, axes = self.make_figure("Are the latents easy to generate?", 4.8, 1, 2)
+        training, mixtures = axes[0]
+        for (name,), group in group_by(self.trained, "name").items():
+            flow_loss = format_spread([run["flow_loss"] for run in group if "flow_loss" in run])
+            for run in group:
+                style = dict(color=self.colors[name], linewidth=1)
+                style["label"] = "" if run["seed"] else f"{name}: held-out loss {flow_loss}"
+                lines = [line for line in run["generator_curve"].values() if "loss" in line]
+                steps = [line["step"] for line in lines]
+                training.plot(steps, [line["loss"] for line in lines], **style)
+                mixture = run.get("mixture", {})
+                mixtures.plot([int(k) for k in mixture], list(mixture.values()), ".-", **style)
+        training.set(xlabel="training step", ylabel="flow-matching loss, training")
+        mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)", xscale="log")
+        mixtures.set(ylabel="held-out negative log likelihood (nats per dimension)")
+        figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return figure
+
 
 # --------------------------------------------------------------------------------------------------
 # Command line.
@@ -603,6 +634,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_judge(judge_file: str, extra: list[str]) -> None:
+    """Raise UserError, before any run, unless a judge knows the size and the classes of images."""
+    config, _ = parse_config(extra)
+    data = open_dataset(config.data_dir, config.image_size)
+    load_judge(judge_file, config.image_size, list(data.classes))
+
+
 def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) -> None:
     """EXPERIMENT.md, with its pictures if matplotlib is there."""
     if experiment == "collapse":
@@ -610,6 +648,10 @@ def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) 
     minutes = sum(run.get("seconds", 0) for run in runs) / 60
     num_runs = sum("plots" in run for run in runs)
     text = f"# {experiment}: {num_runs} of {num_cells} runs, {minutes:.0f} minutes\n\n{table(runs)}"
+    originals = {run["judge_found_originals"] for run in runs if "judge_found_originals" in run}
+    if originals:
+        shares = ", ".join(f"{share:.1%}" for share in sorted(originals))
+        text += f"\nThe judge finds the class of {shares} of the held-out images themselves.\n"
     try:
         for ending, figure in Pictures(runs, is_sweep=experiment == "collapse").draw_all():
             name = f"{experiment}{ending}"
@@ -632,6 +674,8 @@ def main(arguments: list[str]) -> None:
         check_config(config, dist)
         make_classifiers(config, args.epochs, out, dist.device)
         return
+    if args.judge_file:
+        check_judge(args.judge_file, extra)
     cells = plan(args.experiment, out, args.seeds, args.quick, args.steps, extra, args.judge_file)
     cells = [cell for cell in cells if args.only in cell.name]
     runs = [read_cell(cell) for cell in cells]

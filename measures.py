@@ -23,6 +23,7 @@ from utils.files import hash_file, save_torch
 from utils.images import to_float
 from utils.random import BatchRNG
 
+MAX_IMAGES = 6_000  # that are encoded: as many as there are built-in shapes
 NUM_DRAWS = 8  # of time and noise for each held-out image, in the generator's held-out loss
 NUM_COMPONENTS = (1, 2, 4, 8, 16, 32, 64)  # of the mixtures of Gaussians
 MIXTURE_ROWS = 5_000  # latents that mixtures are fitted to, at most
@@ -36,6 +37,12 @@ def read_all_images(config: Config) -> tuple[Tensor, Tensor, np.ndarray]:
     return images, labels, held_out
 
 
+def take_some(images: Tensor, labels: Tensor, held_out: np.ndarray):
+    """The same, of all held-out images and at most about MAX_IMAGES evenly spaced others."""
+    keep = np.union1d(held_out, evenly_spaced(len(images), MAX_IMAGES))
+    return images[keep], labels[keep], np.searchsorted(keep, held_out)
+
+
 @torch.no_grad()
 def measure(folder: Path, device: torch.device, judge_file: str = "") -> dict:
     """What the averaged weights make of whole images; and plots.pt, what pictures need.
@@ -45,7 +52,7 @@ def measure(folder: Path, device: torch.device, judge_file: str = "") -> dict:
     and those of measure_probes, measure_generator and measure_with_judge
     """
     run = load_run(folder, device)
-    images, labels, held_out = read_all_images(run.config)
+    images, labels, held_out = take_some(*read_all_images(run.config))
     posterior = encode_all(run, images)
     z = posterior.sample(fixed_noise(posterior))
     variance = posterior.mean[held_out].var(dim=0)
