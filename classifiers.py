@@ -35,8 +35,13 @@ LABEL_SMOOTHING = 0.1
 
 
 def conv_layer(in_width: int, out_width: int, norm: nn.Module, stride: int = 1) -> nn.Module:
-    """A 3 x 3 convolution, a norm and a ReLU: (B, in, H, W) -> (B, out, H / stride, W / stride)."""
-    conv = nn.Conv2d(in_width, out_width, kernel_size=3, stride=stride, padding=1, bias=False)
+    """A 3 x 3 convolution, a norm and a ReLU: (B, in, H, W) -> (B, out, H / stride, W / stride).
+
+    The border's pixels are repeated beyond it. Zeros would mark the border, and a teacher would
+    then collect what it knows of the object in patches there.
+    """
+    padding = dict(padding=1, padding_mode="replicate")
+    conv = nn.Conv2d(in_width, out_width, 3, stride, bias=False, **padding)
     return nn.Sequential(conv, norm, nn.ReLU())
 
 
