@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -236,6 +237,9 @@ def read_cell(cell: Cell) -> dict | None:
                 (folder / name).replace(folder / f"{name}.damaged")
         return None
     config, _ = parse_config(cell.argv)
+    if config.teacher_file:  # a file may move, but not change
+        config_before["teacher"] = run.get("teacher file", config_before["teacher"])
+        config = replace(config, teacher=hash_file(config.teacher_file))
     for name, before in config_before.items():
         now = getattr(config, name, before)
         if name != "out_dir" and now != before:

@@ -235,7 +235,7 @@ class Config:
     @property
     def needs_teacher_file(self) -> bool:
         """Whether that file must be there: not if another run's tokenizer is used."""
-        return bool(self.teacher_file and self.stages)
+        return self.teacher not in TEACHERS and bool(self.stages)
 
     @property
     def encoder_weights(self) -> str:

@@ -24,7 +24,6 @@ import math
 import textwrap
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -755,7 +754,7 @@ def main(arguments: list[str]) -> None:
         gan = GANLoss(VIT_CONFIGS["dino_vits16"][0]).to(context.device)
     load_previous_stage(context, stages[0], tokenizer, gan)
     if context.teacher_hash:
-        hashes[Path(config.teacher_file).name] = context.teacher_hash
+        hashes["teacher file"] = context.teacher_hash
     if dist.is_main:
         print_run(context, tokenizer)
         if "latents" in stages:

@@ -126,7 +126,7 @@ def test_recipes_train_with_a_teacher_of_a_file(photos, recipe, tmp_path):
     done = succeed("train.py", f"{flags} --teacher {teacher}")
     assert "was trained on these images" not in done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["weights"]["mine.pt"] == hash_file(teacher)
+    assert result["weights"]["teacher file"] == hash_file(teacher)
     if recipe == "aligntok":
         saved = load_torch(tmp_path / "out" / "adapter.pt")["ema"]
         for key, weight in load_torch(teacher)["state"].items():
@@ -173,6 +173,7 @@ def damage(photos, folder):
     "flags, words",
     [
         ("--teacher {root}/gone.pt", "gone.pt is neither a file that lab.py teacher wrote nor one"),
+        ("--teacher=", "--teacher  is neither a file that lab.py teacher wrote nor one"),
         ("--teacher {tmp}/cut.pt", "it is truncated or not a PyTorch file"),
         ("--teacher {tmp}/short.pt", 'short.pt is damaged: .*Missing key.*"norm.bias"'),
         ("--teacher {tmp}/other.pt", "other.pt is another file, not a teacher; make one with lab"),
@@ -245,6 +246,13 @@ def test_the_lab_measures_with_a_judge(photos, tmp_path, monkeypatch):
     succeed("lab.py", f"{flags} --judge {other}")
     assert json.loads(cell.read_text())["judge_found"] == pytest.approx(0.5, abs=0.2)
     assert (cell.parent / "generator.pt").stat().st_mtime_ns == made
+
+    moved = shutil.copy(photos / "teacher.pt", tmp_path / "moved.pt")
+    assert succeed("lab.py", f"{flags} --teacher {moved} --plan").stdout.startswith("0 of 1 to do")
+    content = load_torch(moved)
+    save_torch(content | {"accuracy": 0.0}, moved)
+    error = refuse("lab.py", f"{flags} --teacher {moved} --plan")
+    assert "was made with teacher " in error and "use another --out" in error
 
     assert "is a teacher, not a judge" in refuse("lab.py", f"{flags} --judge {photos}/teacher.pt")
     error = refuse("lab.py", f"{flags} --judge {other} --data shapes")
