@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from align import TEACHERS, VIT_CONFIGS, AlignmentLoss, DINOFeatures, ViT
+from classifiers import SmallTeacher, load_teacher
 from family import (
     FeatureDecoder,
     GridDecoder,
@@ -25,6 +26,7 @@ from tokenizer import MODEL_SIZES, Decoder, Tokenizer, load_dinov2
 from utils.console import UserError
 from utils.data import ImageFolder, open_dataset, train_val_split
 from utils.distributed import Distributed, tune_compiler
+from utils.files import hash_file
 from utils.shapes import Shapes
 from utils.weights import PRETRAINED, load_pretrained
 
@@ -42,6 +44,7 @@ class TrainContext:
     use_bf16: bool = False  # for matrix products
     compile: bool = False  # transformer blocks and LPIPS
     inception: InceptionV3 | None = None  # where its file is available
+    teacher_hash: str = ""  # of the file of a trained teacher
 
     @staticmethod
     def open(config: Config, dist: Distributed, options: Namespace) -> "TrainContext":
@@ -64,6 +67,7 @@ class TrainContext:
             is_dry_run=options.dry_run,
             use_bf16=use_bf16,
             compile=options.compile,
+            teacher_hash=hash_file(config.teacher_file) if config.needs_teacher_file else "",
         )
 
     @property
@@ -101,6 +105,8 @@ class TrainContext:
             for field in fields(Config)
             if field.metadata["resume_scope"] in scopes
         }
+        if self.config.teacher_file:  # a file may move, but not change
+            values["teacher"] = f"file of SHA-256 {self.teacher_hash[:16]}"
         values |= {"stage": stage, "classes": list(self.data.classes)}
         return values | {"data": self.data.fingerprint, "encoder": encoder_hash}
 
@@ -125,7 +131,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
         out_dim = 3 * config.patch_size**2
         decoder = GridDecoder(grid_size, config.latent_dim, out_dim, *decoder_size)
         if config.encoder_init == "teacher":
-            encoder = PretrainedEncoder(TEACHERS[config.teacher](grid_size))
+            encoder = PretrainedEncoder(build_teacher(config))
         else:
             encoder = GridEncoder(grid_size, config.patch_size, *encoder_size)
     return Tokenizer(
@@ -139,6 +145,13 @@ def build_tokenizer(config: Config) -> Tokenizer:
         decoder=decoder,
         is_2d=is_2d,
     )
+
+
+def build_teacher(config: Config) -> nn.Module:
+    """The teacher of a config, with random weights; it needs no file, as sampling has none."""
+    if config.teacher_file:
+        return SmallTeacher(config.grid_size)
+    return TEACHERS[config.teacher](config.grid_size)
 
 
 def build_latent_losses(
@@ -184,9 +197,11 @@ def build_generator(config: Config, tokenizer: Tokenizer, num_classes: int) -> n
 
 
 def init_from_pretrained(context: TrainContext, tokenizer: Tokenizer) -> None:
-    """Start the encoder from DINOv2, if the config says so (section 4.1)."""
+    """Start the encoder from DINOv2 (section 4.1) or from a teacher, if the config says so."""
     config = context.config
     name = config.encoder_weights
+    if config.encoder_init == "teacher" and config.teacher_file:
+        load_teacher(tokenizer.encoder.teacher, config.teacher_file, config.image_size)
     if name not in VIT_CONFIGS:
         return
     dinov2 = load_pretrained(ViT(name), name, config.weights_dir, context.is_dry_run).state_dict()
@@ -223,7 +238,7 @@ def build_frozen_networks(config: Config) -> FrozenNetworks:
     """What a stage with this config needs, without weights."""
     teachers = {}
     if config.needs_teacher:
-        teachers["teacher"] = TEACHERS[config.teacher](config.grid_size)
+        teachers["teacher"] = build_teacher(config)
     if config.hog_weight:
         teachers["maskfeat"] = MaskFeatHOG(config.grid_size, config.patch_size)
     return FrozenNetworks(
@@ -238,6 +253,9 @@ def load_frozen_networks(context: TrainContext, config: Config) -> FrozenNetwork
     networks = build_frozen_networks(config)
     for name, part in networks.pretrained_parts().items():
         load_pretrained(part, name, config.weights_dir, random_if_missing=context.is_dry_run)
+    if config.teacher_file and config.needs_teacher:
+        teacher = networks.teachers["teacher"].requires_grad_(False)
+        load_teacher(teacher, config.teacher_file, config.image_size)
     for network in (*networks.teachers.values(), networks.disc_backbone, networks.lpips):
         if network is not None:
             context.to_device(network).eval()

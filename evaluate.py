@@ -131,14 +131,22 @@ def draw_masks(teacher: Callable, context: TrainContext) -> None:
     """
     images = val_images(context, 8)
     scores = masking.cls_similarity(*teacher(to_float(images.to(context.device)))).cpu()
-    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-    half = torch.full((len(images),), 0.5)
     own = set() if context.config.mask in ("mixed", "none") else {context.config.mask}
     rows = [images]
     for name in dict.fromkeys(("random", "semantic", *own)):
-        mask = masking.MASKS[name].function(half, noise=noise, scores=scores, mix=None)
-        rows.append(images.masked_fill(masking.mask_to_pixels(mask, images.shape[-1]), 128))
+        rows.append(hide_half(images, scores, name))
     write_grid(torch.stack(rows), context.path("masks.png"))
+
+
+def hide_half(images: Tensor, scores: Tensor, name: str) -> Tensor:
+    """images uint8 (B, 3, S, S) with half of their patches gray, by a row of masking.MASKS.
+
+    scores (B, N) are the patches' similarities to the class token, eq. 1.
+    """
+    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+    half = torch.full((len(images),), 0.5)
+    mask = masking.MASKS[name].function(half, noise=noise, scores=scores, mix=None)
+    return images.masked_fill(masking.mask_to_pixels(mask, images.shape[-1]), 128)
 
 
 def val_images(context: TrainContext, count: int) -> Tensor:

@@ -5,7 +5,9 @@
     python lab.py ratio               # the largest share of hidden patches (paper tab. 4)
     python lab.py modules             # masks and alignment one by one (paper tab. 5)
     python lab.py recipes             # all recipes at equal steps
+    python lab.py tokens              # 16, 32 and 64 latent tokens
     python lab.py recipes --plan      # what would run, and for how long (--draw: pictures again)
+    python lab.py teacher --data photos/teacher --out lab_photos    # teacher.pt and judge.pt
 
 A cell is a setting, a row of flags for train.py; with a seed it is an ordinary run, in a folder of
 its own in OUT/EXPERIMENT/. The same command passes over finished runs and resumes an interrupted
@@ -20,6 +22,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +32,27 @@ import torch
 from torch import Tensor
 
 import train
-from evaluate import linear_probe
-from options import parse_config
+from align import HOG
+from classifiers import (
+    Judge,
+    SmallTeacher,
+    load_judge,
+    save_classifier,
+    share_found,
+    train_classifier,
+)
+from evaluate import hide_half
+from masking import cls_similarity
+from measures import measure, read_all_images
+from options import check_config, parse_config
 from recipes import RECIPES, Config
-from sample import load_run, reconstruct
 from utils.console import Parser, UserError, bounded, progress, run_main, warn
 from utils.data import evenly_spaced, open_dataset, read_batch, train_val_split
 from utils.distributed import Distributed
-from utils.files import atomic_write, load_torch, read_json, save_torch, write_text
-from utils.images import to_float
+from utils.files import atomic_write, hash_file, load_torch, read_json, write_text
+from utils.images import to_float, write_grid
+
+MIN_PER_CLASS = 10  # images of each class that a teacher and a judge are trained on
 
 # --------------------------------------------------------------------------------------------------
 # The experiments.
@@ -84,6 +99,8 @@ class Experiment(NamedTuple):
     quick_steps: int
 
 
+TOKENS = {f"{count} tokens": dict(tokens=count) for count in (16, 32, 64)}
+
 EXPERIMENTS = {
     "collapse": Experiment(
         AGAINST_COLLAPSE,
@@ -121,6 +138,15 @@ EXPERIMENTS = {
         steps=1000,
         quick_steps=300,
     ),
+    "tokens": Experiment(
+        TOKENS,
+        quick_cells=("16 tokens", "64 tokens"),
+        common=dict(channels=8, generator_batch_size=16),
+        sigmas=(None,),
+        stages=("all",),
+        steps=1000,
+        quick_steps=300,
+    ),
 }
 # Each of these is the number of steps divided by this, rounded up.
 STEP_DIVISORS = {
@@ -132,6 +158,9 @@ STEP_DIVISORS = {
 }
 
 
+DEFAULT_FLAGS = ("--preset", "toy")  # also with --data
+
+
 class Cell(NamedTuple):
     """One run: a setting with a KL weight and a seed."""
 
@@ -139,10 +168,17 @@ class Cell(NamedTuple):
     folder: Path
     argv: list[str]  # for train.py
     stages: tuple[str, ...]
+    judge_file: str = ""  # of the judge that measures it, if there is one
 
 
 def plan(
-    experiment: str, out: Path, seeds: int, quick: bool, steps: int | None, extra: list[str]
+    experiment: str,
+    out: Path,
+    seeds: int,
+    quick: bool,
+    steps: int | None,
+    extra: list[str],
+    judge_file: str = "",
 ) -> list[Cell]:
     """The runs of an experiment, seed by seed, so that an interrupted one has whole tables."""
     about = EXPERIMENTS[experiment]
@@ -161,7 +197,7 @@ def plan(
         if sigma is not None:
             flags["kl_weight"] = f"{2 * sigma**2 / num_values:.4g}"
         argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        cells.append(Cell(name, folder, [*argv, *extra], about.stages))
+        cells.append(Cell(name, folder, [*argv, *extra], about.stages, judge_file))
     return cells
 
 
@@ -178,61 +214,14 @@ def run_cell(cell: Cell) -> None:
         for stage in cell.stages:
             train.main([*cell.argv, "--stage", stage])
     _, options = parse_config(cell.argv)
-    measures = measure(cell.folder, Distributed.start(options.device).device)
+    device = Distributed.start(options.device).device
+    measures = measure(cell.folder, device, cell.judge_file)
     measures["seconds"] = round(time.perf_counter() - start, 1)
     write_text(json.dumps(measures), cell.folder / "cell.json")
 
 
-def read_all_images(config: Config) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Images uint8 (n, 3, S, S), labels (n,), and the indices of those that a run held out."""
-    data = open_dataset(config.data_dir, config.image_size)
-    images, labels = read_batch(data, range(len(data)))
-    _, held_out = train_val_split(data.labels, config.eval_images)
-    return images, labels, held_out
-
-
-@torch.no_grad()
-def measure(folder: Path, device: torch.device) -> dict[str, float]:
-    """What the averaged weights make of whole images; and plots.pt, what pictures need.
-
-    kl_per_token    nats, of held-out images; not for a deterministic bottleneck
-    active_units    the share of latents whose mean varies over held-out images by more than 0.01
-    probe           as `evaluate.py probe`, but of sampled latents: in the means a probe also reads
-                    what the posterior's noise hides from the decoder and from the generator
-    """
-    run = load_run(folder, device)
-    images, labels, held_out = read_all_images(run.config)
-    posteriors = [run.tokenizer.encode(to_float(part.to(device))) for part in images.split(64)]
-    posterior = type(posteriors[0])(*(torch.cat(parts).cpu() for parts in zip(*posteriors)))
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    mean = posterior.mean.flatten(1)
-    z = posterior.sample(noise).flatten(1)
-
-    fit, test = train_val_split(labels.tolist(), len(labels))
-    probe = linear_probe(z[fit], labels[fit], z[test], labels[test])
-    variance = mean[held_out].var(dim=0)
-    measures = {"active_units": (variance > 0.01).double().mean().item(), "probe": probe}
-    if hasattr(posterior, "kl"):
-        measures["kl_per_token"] = posterior.kl()[held_out].mean().item()
-
-    shown = images[held_out[evenly_spaced(len(held_out), 8)]]
-    centered = mean[test] - mean[test].mean(dim=0)
-    u, scales, _ = torch.linalg.svd(centered, full_matrices=False)
-    test_labels = labels[test]
-    plot_data = {
-        "components": u[:, :2] * scales[:2],  # the first two principal components
-        "labels": test_labels,
-        "classes": [name for i, name in enumerate(run.classes) if i in test_labels],
-        "originals": shown,
-        "reconstructions": reconstruct(run.tokenizer, shown).cpu(),
-    }
-    save_torch(plot_data, folder / "plots.pt")
-    return measures
-
-
 def read_cell(cell: Cell) -> dict | None:
-    """A finished run, as `read_run` has it, or None.
+    """A finished run, as `read_run` has it, or None. It is measured again for another judge.
 
     Damaged records are set aside, and the run counts as unfinished: it is then measured again.
     """
@@ -248,20 +237,25 @@ def read_cell(cell: Cell) -> dict | None:
                 (folder / name).replace(folder / f"{name}.damaged")
         return None
     config, _ = parse_config(cell.argv)
+    if config.teacher_file:  # a file may move, but not change
+        config_before["teacher"] = run.get("teacher file", config_before["teacher"])
+        config = replace(config, teacher=hash_file(config.teacher_file))
     for name, before in config_before.items():
         now = getattr(config, name, before)
         if name != "out_dir" and now != before:
             raise UserError(
                 f"{folder} was made with {name} {before}, now it is {now}; use another --out"
             )
+    if cell.judge_file and run.get("judge_hash") != hash_file(cell.judge_file):
+        return None
     return run | {"name": cell.name}
 
 
 def read_run(folder: Path) -> tuple[dict, dict]:
     """The config of a finished run, and what tables and pictures need.
 
-    That is the config's values, the measures, the last PSNR, "plots" (see `measure`) and "curve":
-    {step: line of the log} of the first stage.
+    That is the config's values, the measures, the last PSNR, "plots" (see `measure`), and {step:
+    line of the log} of the first stage, "curve", and of the generator, "generator_curve".
     """
     result = read_json(folder / "result.json")
     run = {}
@@ -269,6 +263,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         if isinstance(value, dict):  # the config, and each stage in order
             run |= value
     run |= {"curve": read_curve(folder / "log.jsonl")}
+    run |= {"generator_curve": read_curve(folder / "log.jsonl", "generator")}
     run |= read_json(folder / "cell.json") | {"plots": load_torch(folder / "plots.pt")}
     if "generator" in result:
         run["distance"] = next(
@@ -279,10 +274,11 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     return {**result["config"]}, run
 
 
-def read_curve(path: Path) -> dict[int, dict]:
-    """The log of the first stage by step. Of several lines on a step the last one counts.
+def read_curve(path: Path, stage: str = "") -> dict[int, dict]:
+    """The log of a stage, or of the first one, by step.
 
-    A line that is not whole, as a killed run may leave it, is passed over.
+    Of several lines on a step the last one counts. A line that is not whole, as a killed run may
+    leave it, is passed over.
     """
     curves = {}
     for text in path.read_text().splitlines():
@@ -292,7 +288,7 @@ def read_curve(path: Path) -> dict[int, dict]:
             steps.setdefault(line["step"], {}).update(line)
         except (ValueError, KeyError, TypeError):
             continue
-    return next(iter(curves.values()), {})
+    return curves.get(stage or next(iter(curves), ""), {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,6 +340,62 @@ def linear_optima(runs: list[dict]) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Teacher and judge.
+
+
+def make_classifiers(config: Config, epochs: int, out: Path, device: torch.device) -> None:
+    """Train a teacher and a judge on two halves of a folder, and draw what the teacher hides."""
+    data = open_dataset(config.data_dir, config.image_size)
+    check_classes(config.data_dir, data.classes, data.labels)
+    images, labels = read_batch(data, range(len(data)))
+    about = {"image_size": config.image_size, "classes": list(data.classes)}
+    about |= {"data": data.fingerprint, "grid_size": config.grid_size, "epochs": epochs}
+    torch.manual_seed(config.seed)
+    teacher = SmallTeacher(config.grid_size, len(data.classes))
+    networks = (teacher, Judge(len(data.classes)))
+    for half, network in enumerate(networks):
+        start = time.perf_counter()
+        x = images[half::2]
+        y = labels[half::2]
+        fit, test = train_val_split(y.tolist(), len(y))
+        train_classifier(network.to(device), x[fit], y[fit], epochs, config.seed + half)
+        accuracy = share_found(network, x[test], y[test])
+        path = out / f"{network.kind}.pt"
+        save_classifier(network, about | {"accuracy": accuracy}, path)
+        print(
+            f"{path}: trained on {len(fit)} images in {time.perf_counter() - start:.0f} s, right "
+            f"for {accuracy:.1%} of {len(test)} others"
+        )
+    _, test = train_val_split(data.labels[::2], len(data))
+    shown = images[::2][test[evenly_spaced(len(test), 8)]]
+    draw_teacher_masks(teacher, shown, out / "teacher_masks.png")
+
+
+def check_classes(folder: str, classes: list[str], labels: list[int]) -> None:
+    """Raise UserError unless there are two classes, and MIN_PER_CLASS images of each."""
+    if len(classes) < 2:
+        raise UserError(f"{folder} has no class folders, and a teacher learns classes; use others")
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < MIN_PER_CLASS:
+        raise UserError(
+            f"{folder or 'shapes'} has {counts.min()} images of {classes[counts.argmin()]}; a "
+            f"teacher and a judge need at least {MIN_PER_CLASS} of each class"
+        )
+
+
+@torch.no_grad()
+def draw_teacher_masks(teacher: SmallTeacher, images: Tensor, path: Path) -> None:
+    """Images (n, 3, S, S) uint8, then without half of their patches: at random, HOG's, its own."""
+    x = to_float(images.to(next(teacher.parameters()).device))
+    hog_scores = cls_similarity(*HOG(teacher.grid_size)(x)).cpu()
+    scores = cls_similarity(*teacher(x)).cpu()
+    rows = [images, hide_half(images, scores, "random")]
+    rows += [hide_half(images, hog_scores, "semantic"), hide_half(images, scores, "semantic")]
+    write_grid(torch.stack(rows), path)
+    print(f"wrote {path}: images; half hidden at random, by HOG, and by the teacher")
+
+
+# --------------------------------------------------------------------------------------------------
 # Table and pictures.
 
 MEASURES = {
@@ -352,6 +404,12 @@ MEASURES = {
     "psnr": "PSNR, held out (dB)",
     "probe": "linear probe (share right)",
     "distance": "Frechet distance of samples",
+    "flow_loss": "flow-matching loss, held out",
+    "noisy_probe": "probe, noise on latents (share right)",
+    "hidden_probe": "probe, half of the patches hidden (share right)",
+    "judge_samples": "judge's distance of samples",
+    "judge_reconstructions": "judge's distance of reconstructions",
+    "judge_found": "class found in reconstructions (share)",
 }
 COLORS = dict(
     zip(
@@ -431,6 +489,8 @@ class Pictures:
         yield "_images", self.draw_images()
         yield "_latents", self.draw_latents()
         yield "_probe", self.draw_probe()
+        if any("mixture" in run for run in self.trained):  # there are generators
+            yield "_generator", self.draw_generator()
 
     def make_figure(self, title: str, height: float, rows: int = 1, columns: int = 1, **kwargs):
         from matplotlib.figure import Figure
@@ -537,6 +597,26 @@ class Pictures:
         )
         return figure
 
+    def draw_generator(self):
+        """The generator's loss during training, and how well mixtures of Gaussians fit latents."""
+        figure, axes = self.make_figure("Are the latents easy to generate?", 4.8, 1, 2)
+        training, mixtures = axes[0]
+        for (name,), group in group_by(self.trained, "name").items():
+            flow_loss = format_spread([run["flow_loss"] for run in group if "flow_loss" in run])
+            for run in group:
+                style = dict(color=self.colors[name], linewidth=1)
+                style["label"] = "" if run["seed"] else f"{name}: held-out loss {flow_loss}"
+                lines = [line for line in run["generator_curve"].values() if "loss" in line]
+                steps = [line["step"] for line in lines]
+                training.plot(steps, [line["loss"] for line in lines], **style)
+                mixture = run.get("mixture", {})
+                mixtures.plot([int(k) for k in mixture], list(mixture.values()), ".-", **style)
+        training.set(xlabel="training step", ylabel="flow-matching loss, training")
+        mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)", xscale="log")
+        mixtures.set(ylabel="held-out negative log likelihood (nats per dimension)")
+        figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return figure
+
 
 # --------------------------------------------------------------------------------------------------
 # Command line.
@@ -545,7 +625,9 @@ class Pictures:
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("experiment", choices=EXPERIMENTS)
+    add("experiment", choices=[*EXPERIMENTS, "teacher"])
+    add("--epochs", type=bounded(int, 1, 10**6), default=13, help="of teacher and judge")
+    add("--judge", dest="judge_file", default="", metavar="FILE", help="measure with this judge")
     add("--seeds", type=bounded(int, 1), default=3, help="of every cell (default: 3)")
     add("--steps", type=bounded(int, 1, 10**9), help="of the tokenizer, and of the generator")
     add("--out", help="folder (default: lab, with --quick lab_quick)")
@@ -556,6 +638,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def check_judge(judge_file: str, extra: list[str]) -> None:
+    """Raise UserError, before any run, unless a judge knows the size and the classes of images."""
+    config, _ = parse_config(extra)
+    data = open_dataset(config.data_dir, config.image_size)
+    load_judge(judge_file, config.image_size, list(data.classes))
+
+
 def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) -> None:
     """EXPERIMENT.md, with its pictures if matplotlib is there."""
     if experiment == "collapse":
@@ -563,6 +652,10 @@ def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) 
     minutes = sum(run.get("seconds", 0) for run in runs) / 60
     num_runs = sum("plots" in run for run in runs)
     text = f"# {experiment}: {num_runs} of {num_cells} runs, {minutes:.0f} minutes\n\n{table(runs)}"
+    originals = {run["judge_found_originals"] for run in runs if "judge_found_originals" in run}
+    if originals:
+        shares = ", ".join(f"{share:.1%}" for share in sorted(originals))
+        text += f"\nThe judge finds the class of {shares} of the held-out images themselves.\n"
     try:
         for ending, figure in Pictures(runs, is_sweep=experiment == "collapse").draw_all():
             name = f"{experiment}{ending}"
@@ -578,7 +671,16 @@ def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) 
 def main(arguments: list[str]) -> None:
     args, extra = build_parser().parse_known_args(arguments)
     out = Path(args.out or ("lab_quick" if args.quick else "lab"))
-    cells = plan(args.experiment, out, args.seeds, args.quick, args.steps, extra)
+    extra = [*DEFAULT_FLAGS, *extra]
+    if args.experiment == "teacher":
+        config, options = parse_config(extra)
+        dist = Distributed.start(options.device)
+        check_config(config, dist)
+        make_classifiers(config, args.epochs, out, dist.device)
+        return
+    if args.judge_file:
+        check_judge(args.judge_file, extra)
+    cells = plan(args.experiment, out, args.seeds, args.quick, args.steps, extra, args.judge_file)
     cells = [cell for cell in cells if args.only in cell.name]
     runs = [read_cell(cell) for cell in cells]
     todo = [cell for cell, run in zip(cells, runs) if run is None]

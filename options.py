@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from align import VIT_CONFIGS
+from align import TEACHERS, VIT_CONFIGS
 from build import build_tokenizer
+from classifiers import read_teacher
 from recipes import (
     FULL_GENERATORS,
     FULL_RECIPES,
@@ -146,6 +147,8 @@ def check_config(config: Config, dist: Distributed) -> None:
     """Raise UserError for values that contradict each other, before anything is read or written."""
     for problem in find_contradictions(config):
         raise UserError(problem)
+    if config.needs_teacher_file:
+        read_teacher(config.teacher_file, config.image_size, config.grid_size)
     micro_batch_slices(config.batch_size, config.micro_batch, dist)
     micro_batch_slices(
         config.generator_batch_size, config.generator_micro_batch, dist, flag_prefix="generator_"
@@ -201,6 +204,11 @@ def find_contradictions(config: Config) -> Iterator[str]:
             f"--tokens {tokens} does not divide the {num_patches} patches of --patch_size "
             f"{config.patch_size}, and local alignment (eq. 3) gives each latent the same number; "
             "use a divisor, or --local_weight 0 --global_weight 0"
+        )
+    if config.needs_teacher_file and not Path(config.teacher_file).is_file():
+        yield (
+            f"--teacher {config.teacher} is neither a file that lab.py teacher wrote nor one of "
+            f"{', '.join(TEACHERS)}"
         )
     if config.encoder_init in VIT_CONFIGS:
         encoder_size, _ = MODEL_SIZES[config.tokenizer_size]

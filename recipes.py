@@ -110,8 +110,9 @@ class Config:
         help="what lies between encoder and decoder; deterministic has no noise and no KL")
     encoder_init: str = option("none", "paper 4.1", choices=("none", "teacher", *DINOV2_NAMES),
         help="DINOv2 that the encoder starts from; teacher: the encoder is the teacher itself")
-    teacher: str = option("hog", "paper 4.1: DINOv2; ViT-B ours", choices=TEACHERS,
-        help="frozen network for alignment and semantic masks")
+    teacher: str = option("hog", "paper 4.1: DINOv2; ViT-B ours",
+        help="frozen network for alignment and semantic masks: one of "
+        f"{', '.join(TEACHERS)}, or a file that lab.py teacher wrote")
     mask: str = option("mixed", "paper 3.2", choices=MASKS,
         help="which patches are hidden from the encoder")
     mask_ratio_max: float = option(0.4, "paper 4.1: 0.7", min=0, max=1, flag="mask_ratio",
@@ -225,6 +226,16 @@ class Config:
         """Whether the teacher looks at the images in training."""
         uses_features = self.local_weight + self.global_weight + self.features_weight > 0
         return uses_features or MASKS[self.mask].needs_scores
+
+    @property
+    def teacher_file(self) -> str:
+        """The file of a trained teacher, or "" if the teacher is one of align.TEACHERS."""
+        return "" if self.teacher in TEACHERS else self.teacher
+
+    @property
+    def needs_teacher_file(self) -> bool:
+        """Whether that file must be there: not if another run's tokenizer is used."""
+        return self.teacher not in TEACHERS and bool(self.stages)
 
     @property
     def encoder_weights(self) -> str:

@@ -45,6 +45,7 @@ from build import (
     load_frozen_networks,
     required_weights,
 )
+from classifiers import read_teacher
 from dry_run import Trainers, measure_run
 from evaluate import draw_masks, has_held_out_images, reconstruction_quality, sample_quality
 from fid import INCEPTION_FILE, inception_path, load_inception
@@ -694,6 +695,10 @@ def print_run(context: TrainContext, tokenizer: Tokenizer) -> None:
     print("\n".join(textwrap.wrap(f"config: {settings}", width=100, subsequent_indent="  ")))
     if not has_held_out_images(context):
         warn(f"only {len(context.data)} images: they are trained on and evaluated on alike")
+    if config.needs_teacher_file:
+        teacher = read_teacher(config.teacher_file, config.image_size, config.grid_size)
+        if teacher["data"] == context.data.fingerprint:
+            warn(f"{config.teacher_file} was trained on these images, with their labels")
 
 
 def read_result(context: TrainContext) -> dict:
@@ -757,6 +762,8 @@ def main(arguments: list[str]) -> None:
     if config.adversarial_weight and stages[0] in config.stages:
         gan = GANLoss(VIT_CONFIGS["dino_vits16"][0]).to(context.device)
     load_previous_stage(context, stages[0], tokenizer, gan)
+    if context.teacher_hash:
+        hashes["teacher file"] = context.teacher_hash
     if dist.is_main:
         print_run(context, tokenizer)
         if "latents" in stages:

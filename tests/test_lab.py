@@ -80,7 +80,7 @@ def read_measures(out):
 # Running and measuring.
 
 
-@pytest.mark.parametrize("name", ["collapse", "ratio", "modules", "recipes"])
+@pytest.mark.parametrize("name", ["collapse", "ratio", "modules", "recipes", "tokens"])
 def test_every_cell_of_every_experiment_is_a_valid_command_of_its_own(name, tmp_path, monkeypatch):
     monkeypatch.undo()
     about = lab.EXPERIMENTS[name]
@@ -106,7 +106,8 @@ def test_every_cell_of_every_experiment_is_a_valid_command_of_its_own(name, tmp_
 def test_a_run_ends_in_a_table_and_is_not_run_again(finished, monkeypatch, capsys):
     measures = read_measures(finished)
     assert len(measures) == 4
-    assert all(len(values) == 3 for values in measures.values())
+    names = {"kl_per_token", "active_units", "probe", "noisy_probe", "hidden_probe"}
+    assert all(values.keys() == names for values in measures.values())
     text = (finished / "collapse.md").read_text()
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
     trained = [[f"| {name}", sigma] for sigma in ("0.3", "9") for name in ("nothing", "all")]

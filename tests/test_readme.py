@@ -70,6 +70,8 @@ def shrink(script: str, arguments: list[str], weights) -> list[str]:
         tokens = min(4, config.num_latent_tokens)
         tiny = f"{TINY} {TINY_STEPS} {NO_WEIGHTS} --tokens {tokens}"
         return [word for word in (*arguments, *tiny.split()) if word != "--compile"]
+    if arguments[0] == "teacher":
+        return [*arguments, "--epochs", "1", *TINY.split()]
     if script == "lab.py":
         return [*arguments, "--only", "no", "--seeds", "1", "--steps", "2", *TINY.split()]
     text = re.sub(r"--npz \d+", "--npz 6 --steps 2", shlex.join(arguments))
@@ -95,6 +97,8 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
     make_folder(tmp_path / "photos", 0, 20)
     make_folder(tmp_path / "imagenet" / "train", 3, 10)
     make_folder(tmp_path / "imagenet" / "val", 2, 10)
+    make_folder(tmp_path / "cifar10" / "teacher", 2, 20)
+    make_folder(tmp_path / "cifar10" / "train", 2, 20)
     weights = official_folder(tmp_path / "weights", fid.INCEPTION_FILE.removesuffix(".pth"))
     noise = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=noise)
