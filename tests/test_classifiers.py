@@ -179,8 +179,8 @@ def damage(photos, folder):
         ("--teacher {tmp}/other.pt", "other.pt is another file, not a teacher; make one with lab"),
         ("--teacher {root}/judge.pt", "judge.pt is a judge, not a teacher; make one with lab.py"),
         (
-            "--teacher {root}/teacher.pt --patch_size 4",
-            "teacher.pt was trained with grid_size 8, and this run has 4; train another",
+            "--teacher {root}/teacher.pt --patch_size 2",
+            "teacher.pt was trained with grid_size 4, and this run has 8; train another",
         ),
         (
             "--teacher {root}/teacher.pt --image_size 32",

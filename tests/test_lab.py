@@ -376,7 +376,7 @@ def test_a_folder_of_other_settings_is_left_as_it_is(finished, monkeypatch, caps
     arguments = [*ARGUMENTS, "--seeds", 1, "--out", finished]
     error = run_badly([*arguments, "--lr", "0.5"], monkeypatch, capsys)
     folder = plan_cells(finished)[0].folder
-    assert f"{folder} was made with lr 0.002, now it is 0.5; use another --out" in error
+    assert f"{folder} was made with lr 0.004, now it is 0.5; use another --out" in error
     assert lab.read_cell(plan_cells(finished)[0])
 
 
