@@ -35,13 +35,14 @@ LABEL_SMOOTHING = 0.1
 
 
 def conv_layer(in_width: int, out_width: int, norm: nn.Module, stride: int = 1) -> nn.Module:
-    """A 3 x 3 convolution, a norm and a ReLU: (B, in, H, W) -> (B, out, H / stride, W / stride).
+    """A convolution, a norm and a ReLU: (B, in, H, W) -> (B, out, H / stride, W / stride).
 
-    The border's pixels are repeated beyond it. Zeros would mark the border, and a teacher would
-    then collect what it knows of the object in patches there.
+    With stride 2 its kernel has 4 pixels in place of 3, so that outputs are centered on what they
+    stand for. The border's pixels are repeated beyond it: zeros would mark the border, and a
+    teacher would then collect what it knows of the object in patches there.
     """
-    padding = dict(padding=1, padding_mode="replicate")
-    conv = nn.Conv2d(in_width, out_width, 3, stride, bias=False, **padding)
+    shape = dict(kernel_size=3 if stride == 1 else 4, padding=1, padding_mode="replicate")
+    conv = nn.Conv2d(in_width, out_width, stride=stride, bias=False, **shape)
     return nn.Sequential(conv, norm, nn.ReLU())
 
 

@@ -612,8 +612,9 @@ class Pictures:
                 mixture = run.get("mixture", {})
                 mixtures.plot([int(k) for k in mixture], list(mixture.values()), ".-", **style)
         training.set(xlabel="training step", ylabel="flow-matching loss, training")
-        mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)", xscale="log")
-        mixtures.set(ylabel="held-out negative log likelihood (nats per dimension)")
+        mixtures.set_xscale("log", base=2)
+        mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)")
+        mixtures.set(ylabel="negative log likelihood, held out (nats)")
         figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return figure
 

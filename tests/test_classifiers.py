@@ -60,7 +60,7 @@ def test_classifiers_learn_classes_and_a_seed_gives_the_same_weights(make):
     for _ in range(2):
         torch.manual_seed(0)
         network = make()
-        train_classifier(network, images[:60], labels[:60], epochs=12, seed=1)
+        train_classifier(network, images[:60], labels[:60], epochs=8, seed=1)
         states.append(network.state_dict())
     assert share_found(network, images[60:], labels[60:]) > 0.9
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -83,6 +83,20 @@ def test_a_small_teacher_is_called_as_others_are():
         torch.testing.assert_close(cls, patches.mean(dim=1))
     with pytest.raises(RuntimeError, match=r"images must lie in \[-1, 1\]"):
         teacher(images.detach() * 127)
+
+
+def test_patches_are_centered_on_what_they_stand_for():
+    """The gradient of a patch's features is symmetric about the patch's middle on average."""
+    torch.manual_seed(0)
+    teacher = SmallTeacher(grid_size=8)
+    images = torch.zeros(64, 3, 32, 32).uniform_(-1, 1).requires_grad_()
+    _, patches = teacher(images)
+    (patches[:, 8 * 4 + 4] * torch.randn(128)).sum().backward()
+    weight = images.grad.square().sum(dim=(0, 1))
+    pixels = torch.arange(32.0) + 0.5
+    for axis in (0, 1):
+        center = (weight.sum(dim=axis) * pixels).sum() / weight.sum()
+        assert center.item() == pytest.approx(18, abs=0.5)
 
 
 def test_images_are_shifted_and_mirrored_whole():
@@ -155,7 +169,7 @@ def test_a_teacher_may_move_but_not_change(photos, tmp_path):
 
 def test_a_teacher_of_the_same_images_is_said_once(photos, tmp_path):
     words = f"{SHORT} --data {photos}/teacher --out {tmp_path} --teacher {photos}/teacher.pt"
-    done = succeed("train.py", words)
+    done = succeed("train.py", f"{words} --stage tokenizer")
     assert done.stderr.count("teacher.pt was trained on these images, with their labels") == 1
 
 

@@ -238,6 +238,28 @@ def test_a_table_of_a_recorded_log_has_means_and_spreads(tmp_path):
     assert last_line.endswith(f": nothing 99.0, {lab.LINEAR} none.")
 
 
+def test_measures_of_a_judge_and_of_a_generator_are_columns_of_their_own(tmp_path):
+    cells = [record_cell(tmp_path / str(seed), seed, psnr=10.0, kl=1.0) for seed in (0, 1)]
+    more = {"flow_loss": 1.25, "noisy_probe": 0.5, "hidden_probe": 0.25, "judge_samples": 8.0}
+    more |= {"judge_reconstructions": 4.0, "judge_found": 0.75}
+    path = cells[1].folder / "cell.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    header, _, row = lab.table([lab.read_cell(cell) for cell in cells]).splitlines()
+    columns = dict(zip(header.split(" | "), row.split(" | ")))
+    assert {name: columns[lab.MEASURES[name]] for name in more} == {
+        "flow_loss": "1.25",
+        "noisy_probe": "0.500",
+        "hidden_probe": "0.250",
+        "judge_samples": "8.00",
+        "judge_reconstructions": "4.00",
+        "judge_found": "0.750",
+    }
+    assert columns[lab.MEASURES["psnr"]] == "10.0 ± 0.0"
+    assert lab.read_cell(cells[0])["generator_curve"] == {
+        1: {"stage": "generator", "step": 1, "loss": 1}
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # The optimum of a linear code.
 
