@@ -125,7 +125,7 @@ def test_lab_teacher_writes_both_and_a_picture(photos):
     for name, content in saved.items():
         assert content["kind"] == name and content["classes"] == ["class0", "class1"]
         assert content["image_size"] == 16 and 0 <= content["accuracy"] <= 1
-    assert saved["teacher"]["grid_size"] == 8
+    assert saved["teacher"]["grid_size"] == 4
     printed = (photos / "printed.txt").read_text()
     assert printed.count("trained on 36 images in") == 2 and printed.count("of 4 others") == 2
     with Image.open(photos / "teacher_masks.png") as image:
