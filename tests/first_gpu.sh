@@ -27,7 +27,7 @@ report() {
     python -c "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
 
     # Right: losses beside a CPU's, compiled and in bf16; waits; two GPUs if there are two.
-    part python -m pytest -m gpu --tb=short
+    part python -m pytest -m gpu --tb=short --numprocesses=0
 
     # Memory and time: what every preset and recipe takes, and what fits on which card.
     for preset in $presets; do

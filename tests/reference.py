@@ -292,8 +292,8 @@ def close_weights(ours: dict, theirs: dict, tolerance: float = PROCESS_COUNT_TOL
         torch.testing.assert_close(ours[key][acting], expected, atol=tolerance, rtol=0)
 
 
-def die_after_save(stage: str) -> None:
-    """From now on, train.py is killed after it has saved step 10 of a stage.
+def die_after_save(stage: str, step_to_die: int = 10) -> None:
+    """From now on, train.py is killed after it has saved this step of a stage.
 
     In the stage latents it is killed at the second batch.
     """
@@ -307,7 +307,7 @@ def die_after_save(stage: str) -> None:
 
     def save_then_die(checkpoint, step, context):
         save(checkpoint, step, context)
-        if checkpoint.metadata["stage"] == stage and step == 10:
+        if checkpoint.metadata["stage"] == stage and step == step_to_die:
             die()
 
     def die_in_the_second_batch(images):

@@ -94,6 +94,7 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "load_inception", lambda weights, device: load_once(weights, "cpu"))
     monkeypatch.setattr(fid.InceptionV3, "logits", lambda model, pool3: pool3)
     monkeypatch.setattr(Shapes, "__len__", lambda self: 60)
+    monkeypatch.setattr(lab.Pictures, "draw_all", lambda self: iter(()))  # test_lab.py draws them
     make_folder(tmp_path / "photos", 0, 20)
     make_folder(tmp_path / "imagenet" / "train", 3, 10)
     make_folder(tmp_path / "imagenet" / "val", 2, 10)
