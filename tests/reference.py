@@ -197,6 +197,8 @@ def run_here(argv: list[str], env: dict, output: str, prepare: Callable | None) 
     """What a process of `launch` does."""
     from utils.console import run_main
 
+    # Loading workers start as in any program, not from the server.
+    multiprocessing.set_start_method(None, force=True)
     os.environ |= {name: str(value) for name, value in env.items()}
     for descriptor, name in ((1, "out"), (2, "err")):
         with open(f"{output}.{name}", "w") as file:

@@ -5,15 +5,31 @@ out.
 """
 
 import json
+import multiprocessing
+import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import ENV, ROOT, TINY, TINY_STEPS, command, make_folder, refuse, succeed
+from reference import (
+    ENV,
+    ROOT,
+    TINY,
+    TINY_STEPS,
+    command,
+    launch,
+    make_folder,
+    refuse,
+    succeed,
+)
 
 import align
 import masking
@@ -276,6 +292,81 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_computed(run, mo
     assert "samples.npz: the samples take 0.1 GB, and 0.0 GB are free; make room" in error
     error = refuse("train.py", TINY, f"--out {out}/new --tokenizer_steps 1")
     assert "latents.npy: the latents take 0.0 GB" in error
+
+
+def in_the_third_step(action) -> None:
+    """From now on, train.py calls action(process ids of its loading workers) in its third step."""
+    real_seed = train.step_seed
+
+    def step_seed(seed, stage, step):
+        if step == 2:
+            action([worker.pid for worker in multiprocessing.active_children()])
+        return real_seed(seed, stage, step)
+
+    train.step_seed = step_seed
+
+
+def kill_a_worker() -> None:
+    in_the_third_step(lambda workers: os.kill(workers[0], signal.SIGKILL))
+
+
+def raise_an_error() -> None:
+    def action(workers):
+        raise ValueError("nobody foresaw this")
+
+    in_the_third_step(action)
+
+
+def print_workers_and_die() -> None:
+    def action(workers):
+        print(*workers, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_the_third_step(action)
+
+
+WITH_WORKERS = f"{TINY} --stage tokenizer --workers 2 --tokenizer_steps 500"
+
+
+@pytest.mark.parametrize(
+    "prepare, code, sentence",
+    [
+        (kill_a_worker, 2, "perhaps memory is short, so try fewer --workers"),
+        (raise_an_error, 1, "error: unexpected ValueError: nobody foresaw this; please report it"),
+    ],
+)
+def test_an_error_ends_a_run_that_has_workers(prepare, code, sentence, images, tmp_path):
+    """Python would wait for them for ever."""
+    start = time.monotonic()
+    done = launch("train.py", WITH_WORKERS, f"--data {images} --out {tmp_path}", prepare=prepare)
+    assert (done.returncode, sentence in done.stderr) == (code, True), done.stderr[-2000:]
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells workers of this")
+def test_workers_end_with_the_process_that_they_load_for(images, tmp_path):
+    words = f"--data {images} --out {tmp_path}"
+    done = launch("train.py", WITH_WORKERS, words, prepare=print_workers_and_die)
+    assert done.returncode == -signal.SIGKILL
+    workers = done.stdout.splitlines()[-1].split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: str) -> bool:
+    """Whether a process is there, and not only its entry in the table of processes."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_what_another_launcher_left_in_the_environment_is_ignored(name, monkeypatch):
+    monkeypatch.setenv(name, "3")
+    dist = Distributed.start("cpu")
+    assert (dist.rank, dist.world_size, dist.is_main) == (0, 1, True)
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
