@@ -315,11 +315,11 @@ SMALL_PRESETS = ("toy", "s128")  # the other papers' full-size values do not app
 TOY_TOKENS = {
     64: dict(
         latent_dim=4, tokenizer_steps=1_000,
-        generator_batch_size=16, generator_lr=2e-3, generator_steps=3_500,
+        generator_batch_size=16, generator_lr=2e-3, generator_steps=2_500,
     ),
     128: dict(
         latent_dim=4, batch_size=8, tokenizer_steps=1_000,
-        generator_batch_size=8, generator_lr=2e-3, generator_steps=4_000, sampling_steps=25,
+        generator_batch_size=8, generator_lr=2e-3, generator_steps=3_500, sampling_steps=25,
     ),
 }
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 
@@ -220,8 +221,13 @@ def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_pa
     close_weights(ours["model"], theirs["model"])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_stops(images, tmp_path, processes):
+@pytest.mark.parametrize(
+    "processes, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)]
+)
+def test_a_signal_saves_and_stops(images, tmp_path, processes, number):
+    """With two processes torchrun gets it; if it is killed, they notice."""
+    if number == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux tells processes that their parent has ended")
     out = tmp_path / "stopped"
     steps = "--tokenizer_steps 5000 --save_every 5000 --log_every 5 --stage tokenizer --workers 1"
     words = f"{steps} --data {images} --out {out}"
@@ -230,7 +236,7 @@ def test_sigterm_saves_and_stops(images, tmp_path, processes):
     log = out / "log.jsonl"
     while not (log.exists() and log.read_text()) and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     message = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and "run the same command again" in message
     assert processes > 1 or "Traceback" not in message  # torchrun adds one of its own

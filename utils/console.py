@@ -1,6 +1,7 @@
 """What the command-line programs share: flags, error messages, warnings, progress bars, signals."""
 
 import argparse
+import ctypes
 import math
 import multiprocessing
 import os
@@ -78,7 +79,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"error: {text}", 2
     if "DataLoader worker" in text:
         return f"error: {text[:200]}; perhaps memory is short, so try fewer --workers", 2
-    if dist.is_initialized() and isinstance(error, RuntimeError) and "closed by peer" in text:
+    if dist.is_initialized() and isinstance(error, RuntimeError) and "by peer" in text:
         return "error: another process of this run has ended", 2
     with tempfile.NamedTemporaryFile("w", prefix="mactok-", suffix=".txt", delete=False) as file:
         file.write(f"{' '.join(sys.argv)}\n\n")
@@ -106,6 +107,13 @@ def leave(code: int | str | None) -> None:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def end_with_parent(number: int) -> None:
+    """Ask the system to send this process a signal when its parent ends, which Linux does."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Data sets of images, how they are split, and the order in which batches come."""
 
-import ctypes
 import hashlib
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.console import UserError, warn
+from utils.console import UserError, end_with_parent, warn
 from utils.images import HIDDEN_PREFIXES, SUFFIXES, list_images, read_image, to_tensor
 from utils.shapes import Shapes
 
@@ -204,6 +202,4 @@ def prepare_worker(worker_id: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.console import UserError
+from utils.console import UserError, end_with_parent
 
 # A Mac computes on its CPU: its GPU has no float64, which samplers and metrics need.
 DEVICES = ("cpu", "cuda")
@@ -51,6 +52,7 @@ class Distributed:
             tune_cpu()
         if not launched:
             return Distributed(0, 1, device)
+        end_with_parent(signal.SIGTERM)  # if torchrun is killed, training stops and is saved
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         run_id = [os.urandom(4).hex()]
