@@ -7,9 +7,9 @@
 # also in OUT/report.txt (first_gpu/report.txt); please send it, with the card's name in its first
 # lines. A part that fails is named at the end, and the next one goes on.
 set -uo pipefail
+photographs=$(realpath "${1:?"usage: bash tests/first_gpu.sh PHOTOGRAPHS [OUT]"}")
+out=$(realpath -m "${2:-first_gpu}")
 cd "$(dirname "$0")/.."
-photographs=${1:?"usage: bash tests/first_gpu.sh PHOTOGRAPHS [OUT]"}
-out=${2:-first_gpu}
 presets=${PRESETS-"toy s128 s256 b256 b512 bl512"}
 recipes=${RECIPES-"maetok ldetok aligntok"}
 mkdir -p "$out"
