@@ -340,7 +340,11 @@ def build_parser() -> Parser:
     mode.add_argument("--export", metavar="FILE", help="write the averaged models alone")
     add("--batch_size", type=bounded(int, 1), default=64, help="samples per forward with --npz")
     add("--solver", help="sde, heun or euler (default: the generator's own)")
-    add("--steps", type=int, help="solver steps (default: the run's; config: 250)")
+    add(
+        "--steps",
+        type=bounded(int, 1, 10**6),
+        help="solver steps (default: the run's; config: 250)",
+    )
     add("--guidance", type=float, help="scale, 1 is none (default: the run's; paper: 2.3)")
     add(
         "--interval",

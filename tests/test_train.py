@@ -799,7 +799,8 @@ def test_bad_arguments_through_the_shell(tmp_path):
     [
         ("--classes 3", "0..2"),
         ("--interval 0.7 0.1", "0.7"),
-        ("--steps 0", "0 sampling steps"),
+        ("--steps 0", "--steps: is 0; it must be at least 1"),
+        (f"--steps 1{30 * '0'}", "at most 1000000"),
         ("--gidance 2", "unrecognized arguments: --gidance 2"),
         ("--npz 4 --reconstruct {images}", "not allowed with argument --npz"),
         ("--reconstruct {tmp}", "no images"),
@@ -838,7 +839,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
 
 
-@pytest.mark.parametrize("key, value", [("step", "7"), ("ema", None), ("config", []), ("stage", 3)])
+@pytest.mark.parametrize(
+    "key, value", [("step", "7"), ("step", -1), ("ema", None), ("config", []), ("stage", 3)]
+)
 def test_a_checkpoint_with_a_missing_or_wrong_entry_is_refused(
     finished, whole, tmp_path, key, value
 ):

@@ -23,6 +23,8 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
     for key, kind in REQUIRED_KEYS.items():
         if not isinstance(saved.get(key), kind):
             raise UserError(f"{path} is not a whole checkpoint of train.py; move it away")
+    if saved["step"] < 0:
+        raise UserError(f"{path} is damaged: its step is {saved['step']}; move it away")
     return saved
 
 
