@@ -315,7 +315,7 @@ SMALL_PRESETS = ("toy", "s128")  # the other papers' full-size values do not app
 TOY_TOKENS = {
     64: dict(
         latent_dim=4, tokenizer_steps=1_000,
-        generator_batch_size=16, generator_lr=2e-3, generator_steps=2_500,
+        generator_batch_size=16, generator_lr=2e-3, generator_steps=4_000,
     ),
     128: dict(
         latent_dim=4, batch_size=8, tokenizer_steps=1_000,
