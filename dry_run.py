@@ -259,7 +259,7 @@ def physical_gb() -> float:
 
 
 def print_row(stage: str, cells: list[str]) -> None:
-    print(f"{stage:12}" + "".join(f"{cell:>14}" for cell in cells))
+    print(f"{stage:12}" + "".join(f" {cell:>13}" for cell in cells))
 
 
 def print_files(context: TrainContext, weight_names: list[str]) -> None:

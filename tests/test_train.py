@@ -716,6 +716,23 @@ def test_a_run_in_which_every_step_is_skipped_stops(images, tmp_path):
     assert "gradients of the last 10 steps of the tokenizer stage were not finite" in done.stderr
 
 
+def test_the_discriminator_trains_a_while_before_its_gradient_counts(
+    images, weights, tmp_path, monkeypatch
+):
+    """It starts at step 4, and the decoder gets its gradient from step 1.25 * 4 on."""
+    seen = []
+    forward = losses.GANLoss.forward
+
+    def spy(self, *arguments, with_g_loss):
+        seen.append(with_g_loss)
+        return forward(self, *arguments, with_g_loss=with_g_loss)
+
+    monkeypatch.setattr(losses.GANLoss, "forward", spy)
+    words = "--adversarial_weight 0.2 --discriminator_start 4 --tokenizer_steps 7 --stage tokenizer"
+    succeed("train.py", TINY, words, f"--data {images} --weights {weights} --out {tmp_path}")
+    assert seen == [False, True, True]
+
+
 def test_ema_follows_the_formula_and_warms_up(finished):
     model = torch.nn.Linear(1, 1, bias=False)
     average = torch.nn.Linear(1, 1, bias=False)
