@@ -11,6 +11,7 @@ a report in JSON.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def draw_masks(teacher: Callable, context: TrainContext) -> None:
     teacher maps images (B, 3, H, W) to cls, patches.
     """
     images = val_images(context, 8)
+    # A copy is not compiled. The teacher itself would be compiled for eight images, and then again
+    # for batches of any size, which is slower.
+    teacher = copy.deepcopy(teacher)
     scores = masking.cls_similarity(*teacher(to_float(images.to(context.device)))).cpu()
     own = set() if context.config.mask in ("mixed", "none") else {context.config.mask}
     rows = [images]

@@ -187,8 +187,7 @@ def train_tokenizer(
     """One stage on images: the whole objective (eq. 7), or the decoder alone (section 4.1).
 
     The tokenizer starts with the previous stage's weights and ends with this stage's averaged ones.
-    The discriminator goes on from the previous stage without averages. Returns the quality of
-    held-out reconstructions.
+    The discriminator simply goes on. Returns the quality of held-out reconstructions.
     """
     config = context.config.for_stage(stage)  # with the overrides of this stage
     stage_settings = config.stages[stage]
@@ -225,12 +224,9 @@ def train_tokenizer(
     loader = iter(image_loader(context.data, batches, config.num_workers))
     log = MetricLog(context.path("log.jsonl"), stage, dist)
     if dist.is_main and "teacher" in frozen.teachers and start_step == steps_before == 0:
-        # The copy is not compiled. A compiled teacher would be compiled anew for eight images, and
-        # from then on for batches of any size, which is slower.
-        draw_masks(copy.deepcopy(frozen.teachers["teacher"]), context)
+        draw_masks(frozen.teachers["teacher"], context)
 
-    # The discriminator trains from its start on, which is counted over all stages. The tokenizer
-    # gets the adversarial gradient from 1.25 times that step on (ours).
+    # Both are counted over all stages; see discriminator_start in recipes.py.
     disc_start = config.discriminator_start - steps_before
     g_loss_start = disc_start + config.discriminator_start // 4
 
@@ -274,13 +270,11 @@ def train_tokenizer(
                         pixel_losses["perceptual"] = frozen.lpips(recon_leaf, x).mean()
                     if train_disc:
                         rand = rng.rand(4, NUM_AUG_PARAMS)  # for four augmentations
-                        backbone = frozen.disc_backbone
-                        outputs = ddp_gan(backbone, recon_leaf, x, rand, with_g_loss=use_g_loss)
+                        outputs = ddp_gan(frozen.disc_backbone, recon_leaf, x, rand, use_g_loss)
                         d_loss, g_loss, gan_metrics = outputs
 
-                # 4. Backward through the sum of all losses (eq. 7). pull_back returns a scalar
-                # whose backward pass sends the leaf's gradient into the decoder; only its gradient
-                # matters. An adaptive weight observes each micro batch, for its next value.
+                # 4. Backward through the sum of all losses (eq. 7). pull_back sends the gradient at
+                # the leaf on into the decoder. Adaptive weights observe for their next value.
                 rec_loss = pull_back(recon, recon_leaf, weighted_sum(pixel_losses, loss_weights))
                 loss = rec_loss
                 if use_g_loss:
