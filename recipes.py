@@ -319,7 +319,7 @@ TOY_TOKENS = {
     ),
     128: dict(
         latent_dim=4, batch_size=8, tokenizer_steps=1_000,
-        generator_batch_size=8, generator_lr=2e-3, generator_steps=3_500, sampling_steps=25,
+        generator_batch_size=8, generator_lr=2e-3, generator_steps=7_000, sampling_steps=25,
     ),
 }
 
