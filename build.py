@@ -19,7 +19,7 @@ from family import (
     PretrainedEncoder,
 )
 from fid import InceptionV3
-from losses import LPIPS
+from losses import LPIPS, GANLoss
 from recipes import Config, flag_of
 from sit import GENERATORS
 from tokenizer import MODEL_SIZES, Decoder, Tokenizer, load_dinov2
@@ -185,6 +185,12 @@ def build_feature_decoder(tokenizer: Tokenizer, out_dim: int) -> nn.Module:
     return Decoder(tokenizer.grid_size, tokenizer.num_latent_tokens, tokenizer.latent_dim, **sizes)
 
 
+def build_gan(device: torch.device | str) -> GANLoss:
+    """The discriminator for features of DINO, with random weights, and its losses."""
+    width, *_ = VIT_CONFIGS["dino_vits16"]
+    return GANLoss(width).to(device)
+
+
 def build_generator(config: Config, tokenizer: Tokenizer, num_classes: int) -> nn.Module:
     """The generator for the tokenizer's latents, with random weights."""
     return GENERATORS[config.generator](
@@ -262,9 +268,14 @@ def load_frozen_networks(context: TrainContext, config: Config) -> FrozenNetwork
     return networks
 
 
+def num_parameters(module: nn.Module) -> int:
+    """How many numbers a module learns or holds fixed, without buffers."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def count_parameters(module: nn.Module) -> str:
     """For example "1.2M parameters"."""
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M parameters"
+    return f"{num_parameters(module) / 1e6:.1f}M parameters"
 
 
 def required_weights(config: Config, stages: list[str]) -> list[str]:

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from align import VIT_CONFIGS
 from build import (
     TrainContext,
     build_frozen_networks,
+    build_gan,
     build_generator,
     build_tokenizer,
     count_parameters,
+    num_parameters,
 )
 from fid import INCEPTION_FILE, INCEPTION_URL, inception_path
-from losses import GANLoss
 from utils.files import hash_file
 from utils.weights import PRETRAINED, weights_path
 
@@ -155,16 +155,12 @@ def run_steps(context: TrainContext, stage: str, size: int, trainers: Trainers) 
             latents = RandomLatents(tokenizer.num_latent_tokens, tokenizer.latent_dim)
             trainers.generator(context, tokenizer, latents, encoder_hash="")
         else:
-            gan = build_gan(context) if config.adversarial_weight else None
+            gan = build_gan(context.device) if config.adversarial_weight else None
             trainers.tokenizer(context, stage, tokenizer, gan)
         if not context.dist.is_main:  # which writes no log
             return {"images_per_second": math.inf, "memory_gb": 0.0}
         lines = Path(folder, "log.jsonl").read_text().splitlines()
     return json.loads(lines[2])
-
-
-def build_gan(context: TrainContext) -> GANLoss:
-    return GANLoss(VIT_CONFIGS["dino_vits16"][0]).to(context.device)
 
 
 class RandomLatents:
@@ -236,15 +232,10 @@ def weights_gb(context: TrainContext, stage: str) -> float:
         for network in build_frozen_networks(stage_config).pretrained_parts().values():
             num_bytes += 6 * num_parameters(network)
         if config.adversarial_weight:
-            gan = GANLoss(VIT_CONFIGS["dino_vits16"][0])
-            num_bytes += 14 * num_parameters(gan)
+            num_bytes += 14 * num_parameters(build_gan("meta"))
         if stage_config.preservation_weight:
             num_bytes += 6 * num_parameters(tokenizer)
     return num_bytes / 1e9
-
-
-def num_parameters(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def physical_gb() -> float:

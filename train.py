@@ -34,9 +34,9 @@ from torch.optim import AdamW, Optimizer
 
 import family
 import masking
-from align import VIT_CONFIGS
 from build import (
     TrainContext,
+    build_gan,
     build_generator,
     build_latent_losses,
     build_tokenizer,
@@ -754,7 +754,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = context.to_device(build_tokenizer(config))
     gan = None
     if config.adversarial_weight and stages[0] in config.stages:
-        gan = GANLoss(VIT_CONFIGS["dino_vits16"][0]).to(context.device)
+        gan = build_gan(context.device)
     load_previous_stage(context, stages[0], tokenizer, gan)
     if context.teacher_hash:
         hashes["teacher file"] = context.teacher_hash

@@ -33,10 +33,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from build import TrainContext, build_generator, build_tokenizer, load_frozen_networks
+from build import TrainContext, build_gan, build_generator, build_tokenizer, load_frozen_networks
 from fid import BATCH_SIZE, InceptionV3, frechet_distance, inception_features, mean_cov
 from fid import precision_recall
-from losses import NUM_AUG_PARAMS, GANLoss
+from losses import NUM_AUG_PARAMS
 from options import parse_config
 from recipes import PRESETS
 from sit import per_sample_noise
@@ -111,7 +111,7 @@ def count_flops(step: Callable[[], object]) -> int:
 
 def run_tokenizer_loop(context: TrainContext, stage: str) -> None:
     tokenizer = context.to_device(build_tokenizer(context.config))
-    gan = GANLoss(384).to(context.device) if context.config.adversarial_weight else None
+    gan = build_gan(context.device) if context.config.adversarial_weight else None
     train.train_tokenizer(context, stage, tokenizer, gan)
 
 
@@ -180,7 +180,7 @@ def bench_terms(bench: Bench, context: TrainContext, batch_size: int) -> None:
     if frozen.lpips:
         steps["LPIPS"] = compute_lpips
     if frozen.disc_backbone:
-        gan = GANLoss(384).to(context.device)
+        gan = build_gan(context.device)
         rand = torch.rand(batch_size, 4, NUM_AUG_PARAMS, device=context.device)
 
         def compute_gan_losses():

@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sit
 import train
-from build import TrainContext, build_tokenizer
+from build import TrainContext, build_gan, build_tokenizer
 from dry_run import RandomLatents
-from losses import GANLoss
 from options import parse_config
 from utils.distributed import Distributed
 from utils.metric_log import MetricLog
@@ -127,7 +126,7 @@ def simulate(images, weights, tmp_path, monkeypatch):
 def train_stage(context: TrainContext, stage: str) -> None:
     with Simulator():
         tokenizer = context.to_device(build_tokenizer(context.config))
-        gan = GANLoss(384).to(context.device)
+        gan = build_gan(context.device)
         train.train_tokenizer(context, stage, tokenizer, gan)
 
 
