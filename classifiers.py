@@ -50,7 +50,8 @@ class SmallTeacher(nn.Module):
     """A convolutional teacher whose class token is the attention-weighted mean of the patches.
 
     `grid_size` is the side of the patch grid, sqrt(N). Without classes there is no head: the
-    features are all that a tokenizer needs. Group norms keep the images of a batch apart.
+    features are all that a tokenizer needs. Its norms are group norms, which do not mix the images
+    of a batch.
     """
 
     kind = "teacher"
@@ -92,8 +93,8 @@ class SmallTeacher(nn.Module):
 class Judge(nn.Module):
     """A plain convolutional classifier, which looks at what tokenizer and generator make.
 
-    It shares neither architecture nor images nor seed with the teacher, so that it does not favor
-    the features which a tokenizer was aligned with.
+    It has other layers than the teacher and is trained on other images, so that it does not simply
+    favor the features that a tokenizer was aligned with. Both know the same classes.
     """
 
     kind = "judge"
@@ -127,9 +128,10 @@ class Judge(nn.Module):
 def train_classifier(
     network: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int
 ) -> None:
-    """Train a network with `logits` on labels; the same seed gives the same weights.
+    """Train a network that has `logits`, on images uint8 (n, 3, S, S) with labels (n,).
 
-    images uint8 (n, 3, S, S), labels (n,). The learning rate of AdamW rises and falls in one cycle.
+    The learning rate of AdamW rises and falls in one cycle, and its first beta falls and rises. On
+    a CPU the same initial weights and the same seed give the same trained weights.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(network.parameters()).device

@@ -271,11 +271,7 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
     """
     run = load_run(args.run, dist.device)
     data = open_dataset(args.data, run.config.image_size)
-    if len(data.classes) < 2 or len(data) < 20:
-        raise UserError(
-            f"{args.data} has {len(data)} images in {len(data.classes)} classes; a probe needs at "
-            "least 20 in 2"
-        )
+    check_probe_data(args.data, data)
 
     @torch.no_grad()
     def measure(images: Tensor, labels: Tensor, batch: np.ndarray) -> dict[str, Tensor]:
@@ -292,6 +288,15 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
     report["values"] = {"accuracy": accuracy}
     report["protocol"] = {"solver": "ridge", "ridge": RIDGE, "train": len(train), "test": len(test)}
     fid.write_report(report, args.report or default_output(args.run, "probe.json"))
+
+
+def check_probe_data(folder: str, data: ImageFolder | Shapes) -> None:
+    """Raise UserError unless there are enough images and classes for a probe."""
+    if len(data.classes) < 2 or len(data) < 20:
+        raise UserError(
+            f"{folder} has {len(data)} images in {len(data.classes)} classes; a probe needs at "
+            "least 20 in 2"
+        )
 
 
 def linear_probe(

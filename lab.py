@@ -6,16 +6,18 @@
     python lab.py modules             # masks and alignment one by one (paper tab. 5)
     python lab.py recipes             # all recipes at equal steps
     python lab.py tokens              # 16, 32 and 64 latent tokens
-    python lab.py recipes --plan      # what would run, and for how long (--draw: pictures again)
+    python lab.py recipes --plan      # what would run, and for how long
+    python lab.py recipes --draw      # only the table and the pictures again
     python lab.py teacher --data photos/teacher --out lab_photos    # teacher.pt and judge.pt
 
-A cell is a setting, a row of flags for train.py; with a seed it is an ordinary run, in a folder of
-its own in OUT/EXPERIMENT/. The same command passes over finished runs and resumes an interrupted
-one. Any other flag is train.py's, and holds for all cells.
+A setting is a row of flags for train.py. With a KL weight and a seed it is a cell, an ordinary run
+in a folder of its own in OUT/EXPERIMENT/. The same command passes over finished cells and resumes
+an interrupted one. Any other flag is train.py's, and holds for all cells.
 
-KL weights b are given as sigma: mean MSE + b KL over d pixel values in [-1, 1] is a VAE with pixel
-noise of variance sigma^2 = b d / 2, so that a sigma means the same at every image size. The usual b
-= 1e-6 at 256 px is sigma = 0.31, which at the toy's 32 px is b = 6.3e-5.
+KL weights b are given as sigma. The loss MSE + b KL, where the MSE is a mean over d pixel values in
+[-1, 1], is that of a VAE with pixel noise of variance sigma^2 = b d / 2, so that a sigma means the
+same at every image size. The usual b = 1e-6 at 256 px is sigma = 0.31, which at the toy's 32 px is
+b = 6.3e-5.
 """
 
 import json
@@ -41,9 +43,9 @@ from classifiers import (
     share_found,
     train_classifier,
 )
-from evaluate import hide_half
+from evaluate import check_probe_data, hide_half
 from masking import cls_similarity
-from measures import measure, read_all_images
+from measures import measure, read_images
 from options import check_config, parse_config
 from recipes import RECIPES, Config
 from utils.console import Parser, UserError, bounded, progress, run_main, warn
@@ -57,13 +59,12 @@ MIN_PER_CLASS = 10  # images of each class that a teacher and a judge are traine
 # --------------------------------------------------------------------------------------------------
 # The experiments.
 
-# Settings. The weights are the config's, and M = 0.7 is the paper's.
+# Settings. The weights of 0.1 and M = 0.7 are those of the preset b256, not the toy's.
 NOTHING = dict(mask="none", local_weight=0, global_weight=0)
 LOCAL = dict(mask="none", local_weight=0.1, global_weight=0)
 LOCAL_GLOBAL = dict(mask="none", local_weight=0.1, global_weight=0.1)
 MIXED = dict(mask="mixed")
 PAPER_RATIO = dict(mask_ratio=0.7)
-WIDE_BATCH = PAPER_RATIO | dict(generator_batch_size=64)  # what results/ was made with
 
 AGAINST_COLLAPSE = {
     "nothing": NOTHING,
@@ -78,7 +79,7 @@ AGAINST_COLLAPSE = {
 RATIOS = {"no mask": {}}  # paper tab. 4, without guidance and decoder fine-tuning
 RATIOS |= {f"M = {m}": dict(mask="random", mask_ratio=m) for m in (0.4, 0.5, 0.6, 0.7, 0.8)}
 RATIOS |= {"0.7 semantic": dict(mask="semantic"), "0.7 mixed": MIXED}
-MODULES = {  # paper tab. 5, from the row above its first
+MODULES = {  # paper tab. 5, and before it a row without masks and alignment, which it lacks
     "nothing": NOTHING,
     "+ random mask": NOTHING | dict(mask="random"),
     "+ local": LOCAL | dict(mask="random"),
@@ -90,10 +91,10 @@ MODULES = {  # paper tab. 5, from the row above its first
 class Experiment(NamedTuple):
     """A question: settings to compare, at one or several KL weights."""
 
-    cells: dict[str, dict]  # flags by setting
-    quick_cells: tuple[str, ...]  # the settings of --quick
+    settings: dict[str, dict]  # flags by the setting's name
+    quick_settings: tuple[str, ...]  # the settings of --quick
     common: dict  # flags of all settings
-    sigmas: tuple[float | None, ...]  # KL weights; None is the recipe's own. --quick: every second
+    sigmas: tuple[float | None, ...]  # KL weights; None is the recipe's own. --quick: the ends
     stages: tuple[str, ...]  # the stages of train.py
     steps: int
     quick_steps: int
@@ -104,7 +105,7 @@ TOKENS = {f"{count} tokens": dict(tokens=count) for count in (16, 32, 64)}
 EXPERIMENTS = {
     "collapse": Experiment(
         AGAINST_COLLAPSE,
-        quick_cells=("nothing", "latent mask", "mixed mask", "local + global", "all"),
+        quick_settings=("nothing", "latent mask", "mixed mask", "local + global", "all"),
         common=PAPER_RATIO,
         sigmas=(0.31, 0.8, 1.25, 2.0),
         stages=("tokenizer",),
@@ -113,8 +114,8 @@ EXPERIMENTS = {
     ),
     "ratio": Experiment(
         RATIOS,
-        quick_cells=("no mask", "M = 0.4", "M = 0.7"),
-        common=LOCAL_GLOBAL | WIDE_BATCH | dict(guidance=1),
+        quick_settings=("no mask", "M = 0.4", "M = 0.7"),
+        common=LOCAL_GLOBAL | PAPER_RATIO | dict(guidance=1),
         sigmas=(0.31,),
         stages=("tokenizer", "latents", "generator"),
         steps=800,
@@ -122,8 +123,8 @@ EXPERIMENTS = {
     ),
     "modules": Experiment(
         MODULES,
-        quick_cells=("nothing", "+ random mask", "+ global"),
-        common=WIDE_BATCH,
+        quick_settings=("nothing", "+ random mask", "+ global"),
+        common=PAPER_RATIO,
         sigmas=(0.31,),
         stages=("all",),
         steps=800,
@@ -131,8 +132,8 @@ EXPERIMENTS = {
     ),
     "recipes": Experiment(
         {name: dict(recipe=name) for name in RECIPES},
-        quick_cells=("mactok", "kl", "ae"),
-        common={},
+        quick_settings=("mactok", "kl", "ae"),
+        common=dict(generator_batch_size=16, generator_lr=2e-3),
         sigmas=(None,),
         stages=("all",),
         steps=1000,
@@ -140,15 +141,15 @@ EXPERIMENTS = {
     ),
     "tokens": Experiment(
         TOKENS,
-        quick_cells=("16 tokens", "64 tokens"),
-        common=dict(channels=8, generator_batch_size=16),
+        quick_settings=("16 tokens", "64 tokens"),
+        common=dict(channels=8, generator_batch_size=16, generator_lr=2e-3),
         sigmas=(None,),
         stages=("all",),
         steps=1000,
         quick_steps=300,
     ),
 }
-# Each of these is the number of steps divided by this, rounded up.
+# Each flag is the number of steps divided by its divisor, rounded up.
 STEP_DIVISORS = {
     "tokenizer_steps": 1,
     "generator_steps": 1,
@@ -158,17 +159,17 @@ STEP_DIVISORS = {
 }
 
 
-DEFAULT_FLAGS = ("--preset", "toy")  # also with --data
+DEFAULT_FLAGS = ("--preset", "toy")  # With --data, train.py would choose b256.
 
 
 class Cell(NamedTuple):
     """One run: a setting with a KL weight and a seed."""
 
-    name: str  # of the setting
+    name: str  # the setting's
     folder: Path
     argv: list[str]  # for train.py
     stages: tuple[str, ...]
-    judge_file: str = ""  # of the judge that measures it, if there is one
+    judge_file: str = ""  # the judge that measures it, if there is one
 
 
 def plan(
@@ -180,20 +181,32 @@ def plan(
     extra: list[str],
     judge_file: str = "",
 ) -> list[Cell]:
-    """The runs of an experiment, seed by seed, so that an interrupted one has whole tables."""
+    """The runs of an experiment, ordered by seed: whole tables come first, and then more seeds.
+
+    Raises UserError if `extra` has a flag in which the cells differ.
+    """
     about = EXPERIMENTS[experiment]
+    own_flags = {"seed", *(flag for setting in about.settings.values() for flag in setting)}
+    if about.sigmas != (None,):
+        own_flags.add("kl_weight")
+    given = {word.removeprefix("--").partition("=")[0] for word in extra if word.startswith("--")}
+    if given & own_flags:
+        flag = min(given & own_flags)
+        raise UserError(f"--{flag} differs between the runs of {experiment}; leave it out")
     config, _ = parse_config(extra)
     num_values = 3 * config.image_size**2
     if steps is None:
         steps = about.quick_steps if quick else about.steps
-    names = about.quick_cells if quick else about.cells
-    sigmas = about.sigmas[::2] if quick else about.sigmas
+    names = about.quick_settings if quick else about.settings
+    sigmas = about.sigmas
+    if quick and len(sigmas) > 1:
+        sigmas = (sigmas[0], sigmas[-1])
     cells = []
-    for seed, sigma, name in product(range(1 if quick else seeds), sigmas, names):
+    for seed, sigma, name in product(range(seeds), sigmas, names):
         folder = f"{name}-seed{seed}" if sigma is None else f"{name}-sigma{sigma}-seed{seed}"
         folder = out / experiment / folder.replace(" ", "")
         flags = {flag: -(-steps // divisor) for flag, divisor in STEP_DIVISORS.items()}
-        flags |= about.common | about.cells[name] | {"seed": seed, "out": folder}
+        flags |= about.common | about.settings[name] | {"seed": seed, "out": folder}
         if sigma is not None:
             flags["kl_weight"] = f"{2 * sigma**2 / num_values:.4g}"
         argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
@@ -207,23 +220,27 @@ def plan(
 
 def run_cell(cell: Cell) -> None:
     """Train a run, or go on with it, and measure it. cell.json is written last."""
-    start = time.perf_counter()
     cell.folder.mkdir(parents=True, exist_ok=True)
     console = open(cell.folder / "console.txt", "a")  # noqa: SIM115  closed by the next line
     with console, redirect_stdout(console), redirect_stderr(console):
         for stage in cell.stages:
             train.main([*cell.argv, "--stage", stage])
+    start = time.perf_counter()
     _, options = parse_config(cell.argv)
     device = Distributed.start(options.device).device
     measures = measure(cell.folder, device, cell.judge_file)
-    measures["seconds"] = round(time.perf_counter() - start, 1)
+    seconds = time.perf_counter() - start
+    for record in read_json(cell.folder / "result.json").values():
+        if isinstance(record, dict):
+            seconds += record.get("seconds", 0)  # of a stage
+    measures["seconds"] = round(seconds, 1)
     write_text(json.dumps(measures), cell.folder / "cell.json")
 
 
 def read_cell(cell: Cell) -> dict | None:
-    """A finished run, as `read_run` has it, or None. It is measured again for another judge.
+    """A finished run, as `read_run` has it; None if it is unfinished, damaged, or of another judge.
 
-    Damaged records are set aside, and the run counts as unfinished: it is then measured again.
+    Damaged records are set aside. Raises UserError for a run of other values.
     """
     folder = cell.folder
     if not (folder / "cell.json").exists():
@@ -275,7 +292,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 
 
 def read_curve(path: Path, stage: str = "") -> dict[int, dict]:
-    """The log of a stage, or of the first one, by step.
+    """The log of a stage, or else of the first one, by step.
 
     Of several lines on a step the last one counts. A line that is not whole, as a killed run may
     leave it, is passed over.
@@ -326,7 +343,7 @@ def linear_optima(runs: list[dict]) -> list[dict]:
     """`water_filling` at each KL weight of the runs, for their training images, also mirrored."""
     run = runs[0]
     config = Config(**{name: run[name] for name in Config.__dataclass_fields__})
-    images, _, held_out = read_all_images(config)
+    images, _, held_out = read_images(config)
     x = to_float(torch.from_numpy(np.delete(images.numpy(), held_out, axis=0)))
     x = torch.cat([x, x.flip(-1)]).flatten(1)
     eigenvalues = torch.linalg.eigvalsh(x.T.cov().double()).flip(0).clamp(min=0)
@@ -344,7 +361,7 @@ def linear_optima(runs: list[dict]) -> list[dict]:
 
 
 def make_classifiers(config: Config, epochs: int, out: Path, device: torch.device) -> None:
-    """Train a teacher and a judge on two halves of a folder, and draw what the teacher hides."""
+    """Train a teacher and a judge on two halves of a folder, and write teacher_masks.png."""
     data = open_dataset(config.data_dir, config.image_size)
     check_classes(config.data_dir, data.classes, data.labels)
     images, labels = read_batch(data, range(len(data)))
@@ -385,7 +402,11 @@ def check_classes(folder: str, classes: list[str], labels: list[int]) -> None:
 
 @torch.no_grad()
 def draw_teacher_masks(teacher: SmallTeacher, images: Tensor, path: Path) -> None:
-    """Images (n, 3, S, S) uint8, then without half of their patches: at random, HOG's, its own."""
+    """Write a picture of images uint8 (n, 3, S, S), whole and with half of their patches hidden.
+
+    The patches of the second row are random, those of the third row are HOG's choice, and those of
+    the fourth row the teacher's.
+    """
     x = to_float(images.to(next(teacher.parameters()).device))
     hog_scores = cls_similarity(*HOG(teacher.grid_size)(x)).cpu()
     scores = cls_similarity(*teacher(x)).cpu()
@@ -406,7 +427,7 @@ MEASURES = {
     "distance": "Frechet distance of samples",
     "flow_loss": "flow-matching loss, held out",
     "noisy_probe": "probe, noise on latents (share right)",
-    "hidden_probe": "probe, half of the patches hidden (share right)",
+    "hidden_probe": "probe, half of the patches gray (share right)",
     "judge_samples": "judge's distance of samples",
     "judge_reconstructions": "judge's distance of reconstructions",
     "judge_found": "class found in reconstructions (share)",
@@ -473,7 +494,8 @@ class Pictures:
         self.is_sweep = is_sweep
         self.runs = [run | {"row": f"sigma {run['sigma']:g}" if is_sweep else ""} for run in runs]
         self.rows = [row for (row,) in group_by(self.runs, "row")]
-        self.some_rows = self.rows[:: max(1, (len(self.rows) - 1) // 2)]  # first, middle, last
+        last = len(self.rows) - 1
+        self.some_rows = [self.rows[i] for i in sorted({0, last // 2, last})]
         names = [name for (name,) in group_by(self.runs, "name")]
         self.colors = {name: COLORS.get(name, f"C{i}") for i, name in enumerate(names)}
         self.main_measure = "kl_per_token" if is_sweep else "distance"
@@ -578,7 +600,7 @@ class Pictures:
             axis.set(title=title, xlabel="first principal component", ylabel="second")
         for axis in axes.flat[len(runs) :]:
             axis.set_axis_off()
-        handles, _ = dots.legend_elements()
+        handles, _ = dots.legend_elements(num=None)  # one of each class
         figure.legend(handles, run["plots"]["classes"], loc="outside right center")
         return figure
 
@@ -629,34 +651,46 @@ def build_parser() -> Parser:
     add("experiment", choices=[*EXPERIMENTS, "teacher"])
     add("--epochs", type=bounded(int, 1, 10**6), default=13, help="of teacher and judge")
     add("--judge", dest="judge_file", default="", metavar="FILE", help="measure with this judge")
-    add("--seeds", type=bounded(int, 1), default=3, help="of every cell (default: 3)")
+    add("--seeds", type=bounded(int, 1), help="of every cell (default: 3, with --quick 1)")
     add("--steps", type=bounded(int, 1, 10**9), help="of the tokenizer, and of the generator")
     add("--out", help="folder (default: lab, with --quick lab_quick)")
     add("--only", default="", help="only cells with this in their names")
-    add("--quick", action="store_true", help="few cells and steps, one seed")
+    add("--quick", action="store_true", help="few cells and steps, and one seed")
     add("--plan", action="store_true", help="only say what would run")
     add("--draw", action="store_true", help="only draw table and pictures again")
     return parser
 
 
-def check_judge(judge_file: str, extra: list[str]) -> None:
-    """Raise UserError, before any run, unless a judge knows the size and the classes of images."""
+def check_data(judge_file: str, extra: list[str]) -> None:
+    """Raise UserError, before any run, unless the images and the judge can be used.
+
+    A probe needs classes, and a judge has to know them. It also warns if teacher or judge were
+    trained on these images.
+    """
     config, _ = parse_config(extra)
     data = open_dataset(config.data_dir, config.image_size)
-    load_judge(judge_file, config.image_size, list(data.classes))
+    check_probe_data(config.data_dir, data)
+    if judge_file:
+        load_judge(judge_file, config.image_size, list(data.classes))
+    for path in (config.teacher_file, judge_file):
+        if path and load_torch(path).get("data") == data.fingerprint:
+            warn(f"{path} was trained on these images, so that it knows too much of them")
 
 
 def write_results(experiment: str, out: Path, runs: list[dict], num_cells: int) -> None:
-    """EXPERIMENT.md, with its pictures if matplotlib is there."""
+    """Write EXPERIMENT.md, and its pictures if matplotlib is there."""
     if experiment == "collapse":
         runs = runs + linear_optima(runs)
     minutes = sum(run.get("seconds", 0) for run in runs) / 60
     num_runs = sum("plots" in run for run in runs)
     text = f"# {experiment}: {num_runs} of {num_cells} runs, {minutes:.0f} minutes\n\n{table(runs)}"
-    originals = {run["judge_found_originals"] for run in runs if "judge_found_originals" in run}
-    if originals:
-        shares = ", ".join(f"{share:.1%}" for share in sorted(originals))
-        text += f"\nThe judge finds the class of {shares} of the held-out images themselves.\n"
+    judged = [run for run in runs if "judge_found_originals" in run]
+    if judged:
+        text += (
+            f"\nThe judge finds the class of {judged[0]['judge_found_originals']:.1%} of the "
+            "held-out images themselves. Their distance from as many other images is "
+            f"{judged[0]['judge_originals']:.2g}.\n"
+        )
     try:
         for ending, figure in Pictures(runs, is_sweep=experiment == "collapse").draw_all():
             name = f"{experiment}{ending}"
@@ -674,14 +708,16 @@ def main(arguments: list[str]) -> None:
     out = Path(args.out or ("lab_quick" if args.quick else "lab"))
     extra = [*DEFAULT_FLAGS, *extra]
     if args.experiment == "teacher":
+        if args.plan or args.draw:
+            raise UserError("lab.py teacher always trains; leave out --plan and --draw")
         config, options = parse_config(extra)
         dist = Distributed.start(options.device)
         check_config(config, dist)
         make_classifiers(config, args.epochs, out, dist.device)
         return
-    if args.judge_file:
-        check_judge(args.judge_file, extra)
-    cells = plan(args.experiment, out, args.seeds, args.quick, args.steps, extra, args.judge_file)
+    check_data(args.judge_file, extra)
+    seeds = args.seeds or (1 if args.quick else 3)
+    cells = plan(args.experiment, out, seeds, args.quick, args.steps, extra, args.judge_file)
     cells = [cell for cell in cells if args.only in cell.name]
     runs = [read_cell(cell) for cell in cells]
     todo = [cell for cell, run in zip(cells, runs) if run is None]
@@ -701,8 +737,8 @@ def main(arguments: list[str]) -> None:
     runs = [run for run in map(read_cell, cells) if run]
     if not runs:
         raise UserError(
-            f"{out / args.experiment} has no finished run of these cells; run the same command "
-            "without --draw"
+            f"{out / args.experiment} has no finished run of these cells; leave out --draw, or "
+            f"--only {args.only}"
         )
     write_results(args.experiment, out, runs, len(cells))
 

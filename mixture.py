@@ -1,10 +1,10 @@
 """How many Gaussians latents need: the mixture analysis of MAETok (arXiv 2502.03444, fig. 2).
 
-    train, test = standardize(train, test)                    leading components, of variance 1
+    train, test = standardize(train, test)                    leading directions, of variance 1
     nll = gaussian_mixture_nll(train, test, num_components)   nats per dimension
 
 Latents that few Gaussians describe well should be easy for a generator. `python lab.py recipes`
-draws this likelihood over the number of components, for each recipe.
+draws this likelihood over the number of Gaussians, for each recipe.
 """
 
 import math

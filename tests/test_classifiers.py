@@ -247,6 +247,8 @@ def test_the_lab_measures_with_a_judge(photos, tmp_path, monkeypatch):
     assert all(lab.MEASURES[name] in done.stdout for name in lab.MEASURES)
     share = measures["judge_found_originals"]
     assert f"The judge finds the class of {share:.1%} of the held-out images" in done.stdout
+    assert f"other images is {measures['judge_originals']:.2g}." in done.stdout
+    assert "was trained on these images" not in done.stderr
     if "(recipes_generator.png)" in done.stdout:  # matplotlib is there
         assert (tmp_path / "out" / "recipes_generator.png").exists()
 
@@ -269,6 +271,9 @@ def test_the_lab_measures_with_a_judge(photos, tmp_path, monkeypatch):
     assert "was made with teacher " in error and "use another --out" in error
 
     assert "is a teacher, not a judge" in refuse("lab.py", f"{flags} --judge {photos}/teacher.pt")
+    there = f"recipes --quick --plan --data {photos}/teacher {TINY} --out {tmp_path}/there"
+    done = succeed("lab.py", f"{there} --judge {other}")
+    assert "judge.pt was trained on these images" in done.stderr
     error = refuse("lab.py", f"{flags} --judge {other} --data shapes")
     assert "knows other classes than the images: class0, class1" in error
 
@@ -283,7 +288,8 @@ def test_a_generator_that_stands_still_has_the_flow_loss_of_its_latents(tmp_path
         torch.randn(200, 4, 4, generator=torch.Generator().manual_seed(0))
     )
     held_out = np.arange(0, 200, 2)
-    measures = measure_generator(run, z, torch.zeros(200, dtype=torch.int64), held_out)
+    labels = torch.zeros(200, dtype=torch.int64)
+    measures = measure_generator(run, z, labels, held_out + 1, held_out)
     assert measures["flow_loss"] == pytest.approx(2, abs=0.1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.muon import Muon, orthogonalize
+from utils.muon import NEWTON_SCHULZ, Muon, orthogonalize
 
 SHAPES = [(128, 128), (384, 128), (128, 512)]
 
@@ -48,3 +48,14 @@ def test_steps_are_those_of_the_formula_with_nesterov_momentum():
         expected = expected - 0.1 * 0.2 * 6**0.5 * orthogonalize(ahead[None])[0]
     torch.testing.assert_close(matrix, expected)
     assert other.eq(1).all()
+
+
+def test_orthogonalizing_is_the_iteration_on_the_matrix_itself():
+    a, b, c = NEWTON_SCHULZ
+    matrices = random_matrices(2, 8, 20)
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    torch.testing.assert_close(orthogonalize(matrices), x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(orthogonalize(matrices.mT), x.mT, atol=1e-4, rtol=0)

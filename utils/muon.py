@@ -1,8 +1,8 @@
 """Muon, an optimizer for matrices (Jordan et al. 2024), as train.py needs it.
 
-torch.optim.Muon exists from PyTorch 2.9 on; this one runs on older versions, too. As the fused
+torch.optim.Muon exists from PyTorch 2.9 on; this one runs on older versions, too. Like the fused
 AdamW, it skips steps whose gradients are not finite without waiting for the GPU. It orthogonalizes
-all matrices of one shape in one product, on a CPU in float32.
+all matrices of one shape in one product.
 """
 
 import torch
@@ -15,16 +15,27 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """Replace the singular values of matrices (n, rows, columns) by about 1."""
+    """Replace the singular values of matrices (n, rows, columns) by about 1.
+
+    An iteration multiplies x from the left by the factor a + b x x^T + c (x x^T)^2. All factors are
+    polynomials in the first x x^T, so they commute. Their product is computed first and meets x
+    once: products of (rows, rows) cost less than products with x, whose longer side is last. The
+    squares have to be exact: their errors grow from one iteration to the next.
+    """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     if x.device.type == "cuda":
-        x = x.bfloat16()
+        x = x.double()  # train.py allows TF32, whose rounding is too coarse for this
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    identity = torch.ones_like(x[0, :, 0]).diag()
+    product = identity
     for _ in range(num_iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor  # x x^T after this iteration
+    x = product @ x
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
@@ -52,7 +63,7 @@ class Muon(Optimizer):
                 self.step_group(matrices, group["lr"], group["momentum"])
 
     def step_group(self, matrices: list[Tensor], lr: float, momentum: float) -> None:
-        """Matrices of one shape."""
+        """Step all matrices of one shape."""
         for matrix in matrices:
             if "momentum" not in self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
