@@ -171,16 +171,12 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def find_classes(network: nn.Module, images: Tensor) -> Tensor:
-    """The label that a network finds most likely; images uint8 (n, 3, S, S) -> (n,)."""
+def measure_accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images, uint8 (n, 3, S, S), for which a network finds the label (n,)."""
     device = next(network.parameters()).device
     parts = [network.logits(to_float(part.to(device))) for part in images.split(256)]
-    return torch.cat(parts).argmax(dim=1).cpu()
-
-
-def share_found(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images, uint8 (n, 3, S, S), whose label (n,) a network finds."""
-    return (find_classes(network, images) == labels).double().mean().item()
+    found = torch.cat(parts).argmax(dim=1).cpu()
+    return (found == labels).double().mean().item()
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ from classifiers import (
     Judge,
     SmallTeacher,
     load_judge,
+    measure_accuracy,
     save_classifier,
-    share_found,
     train_classifier,
 )
 from evaluate import check_probe_data, hide_half
@@ -376,15 +376,15 @@ def make_classifiers(config: Config, epochs: int, out: Path, device: torch.devic
         y = labels[half::2]
         fit, test = train_val_split(y.tolist(), len(y))
         train_classifier(network.to(device), x[fit], y[fit], epochs, config.seed + half)
-        accuracy = share_found(network, x[test], y[test])
+        accuracy = measure_accuracy(network, x[test], y[test])
         path = out / f"{network.kind}.pt"
         save_classifier(network, about | {"accuracy": accuracy}, path)
         print(
             f"{path}: trained on {len(fit)} images in {time.perf_counter() - start:.0f} s, right "
             f"for {accuracy:.1%} of {len(test)} others"
         )
-    _, test = train_val_split(data.labels[::2], len(data))
-    shown = images[::2][test[evenly_spaced(len(test), 8)]]
+    unseen = images[1::2]  # by the teacher
+    shown = unseen[evenly_spaced(len(unseen), 8)]
     draw_teacher_masks(teacher, shown, out / "teacher_masks.png")
 
 

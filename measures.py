@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classifiers import Judge, judge_distance, load_judge, share_found
+from classifiers import Judge, judge_distance, load_judge, measure_accuracy
 from evaluate import hide_half, linear_probe
 from mixture import gaussian_mixture_nll, standardize
 from recipes import Config
@@ -156,8 +156,8 @@ def measure_with_judge(
     """
     recons = torch.cat([reconstruct(run.tokenizer, batch).cpu() for batch in images.split(64)])
     measures = {
-        "judge_found": share_found(network, recons, labels),
-        "judge_found_originals": share_found(network, images, labels),
+        "judge_found": measure_accuracy(network, recons, labels),
+        "judge_found_originals": measure_accuracy(network, images, labels),
         "judge_reconstructions": judge_distance(network, recons, images),
         "judge_originals": judge_distance(network, others, images),
     }
