@@ -637,7 +637,7 @@ class Pictures:
         mixtures.set_xscale("log", base=2)
         mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)")
         mixtures.set(ylabel="negative log likelihood, held out (nats)")
-        figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
 
 
