@@ -591,7 +591,7 @@ class Pictures:
             runs = [run for run in runs if run["name"] in typical] or runs
         num_rows = -(-len(runs) // 3)
         title = "Images in latent space (means; a sample adds noise of a std up to 1)"
-        shared = dict(sharex=True, sharey=True)
+        shared = dict(sharex=self.is_sweep, sharey=self.is_sweep)
         figure, axes = self.make_figure(title, 1 + 2.4 * num_rows, num_rows, 3, **shared)
         for axis, run in zip(axes.flat, runs):
             x, y = run["plots"]["components"].numpy().T

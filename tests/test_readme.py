@@ -99,7 +99,7 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch):
     make_folder(tmp_path / "imagenet" / "train", 3, 10)
     make_folder(tmp_path / "imagenet" / "val", 2, 10)
     make_folder(tmp_path / "cifar10" / "teacher", 2, 20)
-    make_folder(tmp_path / "cifar10" / "train", 2, 20)
+    make_folder(tmp_path / "cifar10" / "runs", 2, 20)
     weights = official_folder(tmp_path / "weights", fid.INCEPTION_FILE.removesuffix(".pth"))
     noise = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=noise)
