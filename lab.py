@@ -165,7 +165,7 @@ DEFAULT_FLAGS = ("--preset", "toy")  # With --data, train.py would choose b256.
 class Cell(NamedTuple):
     """One run: a setting with a KL weight and a seed."""
 
-    name: str  # the setting's
+    name: str  # the name of the setting
     folder: Path
     argv: list[str]  # for train.py
     stages: tuple[str, ...]

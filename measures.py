@@ -105,7 +105,7 @@ def measure_probes(
     train = z[others].flatten(1)
     test = z[held_out].flatten(1)
     noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
-    no_scores = torch.empty(len(held_out), run.tokenizer.num_patches)  # the patches are random ones
+    no_scores = torch.empty(len(held_out), run.tokenizer.num_patches)  # random masks read none
     half_hidden = encode_all(run, hide_half(images[held_out], no_scores, "random"))
     variants = {
         "probe": test,
