@@ -140,6 +140,7 @@ def run_steps(context: TrainContext, stage: str, size: int, trainers: Trainers) 
         generator_steps=3,
         log_every=1,
         save_every=10**9,
+        sample_every=0,
     )
     if stage in config.stages:
         settings = config.stages[stage]

@@ -155,6 +155,7 @@ STEP_DIVISORS = {
     "generator_steps": 1,
     "decoder_steps": 10,
     "save_every": 5,
+    "sample_every": 3,
     "log_every": 20,
 }
 
@@ -283,12 +284,16 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     run |= {"generator_curve": read_curve(folder / "log.jsonl", "generator")}
     run |= read_json(folder / "cell.json") | {"plots": load_torch(folder / "plots.pt")}
     if "generator" in result:
-        run["distance"] = next(
-            value for key, value in result["generator"].items() if key.startswith(("fid_", "hog_"))
-        )
+        run["distance"] = find_distance(result["generator"])
     sigma = (run["kl_weight"] * 3 * run["image_size"] ** 2 / 2) ** 0.5
     run["sigma"] = round(sigma, 2)
     return {**result["config"]}, run
+
+
+def find_distance(record: dict) -> float | None:
+    """The distance of samples in an evaluation of the generator: FID, or else HOG's."""
+    values = [value for key, value in record.items() if key.startswith(("fid_", "hog_"))]
+    return values[0] if values else None
 
 
 def read_curve(path: Path, stage: str = "") -> dict[int, dict]:
@@ -620,20 +625,24 @@ class Pictures:
         return figure
 
     def draw_generator(self):
-        """The generator's loss during training, and how well mixtures of Gaussians fit latents."""
-        figure, axes = self.make_figure("Are the latents easy to generate?", 4.8, 1, 2)
-        training, mixtures = axes[0]
+        """The generator's loss and samples in training, and how Gaussian mixtures fit latents."""
+        figure, axes = self.make_figure("Are the latents easy to generate?", 4.8, 1, 3)
+        training, samples, mixtures = axes[0]
         for (name,), group in group_by(self.trained, "name").items():
             flow_loss = format_spread([run["flow_loss"] for run in group if "flow_loss" in run])
             for run in group:
                 style = dict(color=self.colors[name], linewidth=1)
                 style["label"] = "" if run["seed"] else f"{name}: held-out loss {flow_loss}"
-                lines = [line for line in run["generator_curve"].values() if "loss" in line]
-                steps = [line["step"] for line in lines]
-                training.plot(steps, [line["loss"] for line in lines], **style)
+                curve = run["generator_curve"]
+                losses = {step: line["loss"] for step, line in curve.items() if "loss" in line}
+                training.plot(list(losses), list(losses.values()), **style)
+                distances = {step: find_distance(line) for step, line in curve.items()}
+                steps = [step for step, distance in distances.items() if distance is not None]
+                samples.plot(steps, [distances[step] for step in steps], ".-", **style)
                 mixture = run.get("mixture", {})
                 mixtures.plot([int(k) for k in mixture], list(mixture.values()), ".-", **style)
         training.set(xlabel="training step", ylabel="flow-matching loss, training")
+        samples.set(xlabel="training step", ylabel=MEASURES["distance"], yscale="log")
         mixtures.set_xscale("log", base=2)
         mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)")
         mixtures.set(ylabel="negative log likelihood, held out (nats)")

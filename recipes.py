@@ -191,6 +191,8 @@ class Config:
         help="steps between lines of log.jsonl")
     save_every: int = option(250, "ours", min=1, resume_scope="none",
         help="steps between checkpoints, and between evaluations of image stages")
+    sample_every: int = option(0, "ours", min=0, resume_scope="none",
+        help="steps between evaluations of samples (0: only at the end of the generator stage)")
     num_workers: int = option(0, "ours", min=0, flag="workers", resume_scope="none",
         help="data-loading processes per training process")
     # fmt: on
@@ -287,7 +289,7 @@ BASE_256 = dict(
     generator_size="XL", generator_batch_size=256, generator_micro_batch=32,
     generator_lr=1e-4, generator_steps=4_000_000,
     sampling_steps=250, cfg_scale=2.3,
-    eval_images=5_000, log_every=100, save_every=5_000, num_workers=8,
+    eval_images=5_000, log_every=100, save_every=5_000, sample_every=100_000, num_workers=8,
 )
 AT_512 = dict(
     image_size=512, batch_size=128, micro_batch=8, warmup_steps=10_000,
@@ -302,7 +304,7 @@ PRESETS = {
         tokenizer_steps=20_000, decoder_steps=2_000, ema_decay=0.999,
         generator_size="S", generator_micro_batch=0, generator_steps=30_000,
         sampling_steps=100, cfg_scale=2.4,
-        eval_images=500, save_every=1_000,
+        eval_images=500, save_every=1_000, sample_every=5_000,
     ),
     "s256": BASE_256 | dict(tokenizer_size="S", encoder_init="dinov2_vits14"),
     "b256": BASE_256,

@@ -385,6 +385,8 @@ def train_generator(
                 save(checkpoint, done, context)
             if stop:
                 raise stopped_error("generator", done)
+            if config.sample_every and done % config.sample_every == 0 and done < total_steps:
+                log.write(done, sample_quality(ema, tokenizer, context))
     return ema
 
 

@@ -938,6 +938,23 @@ def test_pictures_come_with_the_first_evaluation(images, tmp_path, monkeypatch):
     assert [line["step"] for line in lines if "psnr" in line] == [2, 4, 6]
 
 
+def test_samples_on_the_way_are_measured_and_change_nothing(finished, whole, tmp_path):
+    out = copy_run(finished, tmp_path)
+    (out / "generator.pt").unlink()
+    (out / "log.jsonl").unlink()
+    succeed("train.py", f"{whole} --sample_every 8 --out {out}")
+    lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
+    distances = {
+        line["step"]: line["hog_frechet_distance"]
+        for line in lines
+        if "hog_frechet_distance" in line
+    }
+    assert list(distances) == [8, 16, 20]
+    assert len(set(distances.values())) == 3
+    same_weights(out / "generator.pt", finished / "generator.pt")
+    assert (out / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
 def test_the_resolved_config_is_printed(images, tmp_path):
     words = f"--tokenizer_steps 1 --stage tokenizer --data {images} --out {tmp_path}/out --lr 0.003"
     printed = succeed("train.py", TINY, words).stdout
