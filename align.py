@@ -3,12 +3,12 @@
     cls, patches = teacher(images)              (B, D) and (B, N, D): per image, and per patch
     losses = AlignmentLoss(...)(z, targets)     {"local": scalar, "global": scalar}
 
-There are two kinds of teachers. `DINOv2` takes official weights; `HOG` needs no weights, only
+There are two kinds of teachers here. `DINOv2` takes official weights; `HOG` needs no weights, only
 gradients and colors, so that everything runs offline. `DINOFeatures` is not a teacher: it is the
-frozen network that the discriminator in losses.py looks at images through.
+frozen network that the discriminator in losses.py looks at images through. Another teacher, trained
+on labels, is in classifiers.py.
 
-This is the only file that turns images in [-1, 1] into a teacher's input. `python align.py` shows
-what HOG makes of an image.
+`python align.py` shows what HOG makes of an image.
 """
 
 import math
@@ -188,7 +188,7 @@ class HOG(nn.Module):
         self.grid_size = grid_size
         self.width = self.NUM_BINS + 3
 
-    @torch.no_grad()  # DINOv2 has gradients, because AlignTok trains it
+    @torch.no_grad()  # There is nothing to train. DINOv2 has gradients, because AlignTok trains it.
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, H) in [-1, 1] -> cls (B, 11), patches (B, grid_size^2, 11)."""
         check_range(images)
@@ -213,7 +213,8 @@ class HOG(nn.Module):
         return cls, patches
 
 
-# Teachers by name. Each entry takes the side of the patch grid.
+# Teachers by name. Each entry takes the side of the patch grid, and makes a module with a `width`
+# that maps images to cls and patches.
 TEACHERS = {"hog": HOG}
 TEACHERS |= {name: partial(DINOv2, name) for name in VIT_CONFIGS if name.startswith("dinov2")}
 

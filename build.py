@@ -268,14 +268,14 @@ def load_frozen_networks(context: TrainContext, config: Config) -> FrozenNetwork
     return networks
 
 
-def num_parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """How many numbers a module learns or holds fixed, without buffers."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_parameters(module: nn.Module) -> str:
+def describe_parameters(module: nn.Module) -> str:
     """For example "1.2M parameters"."""
-    return f"{num_parameters(module) / 1e6:.1f}M parameters"
+    return f"{count_parameters(module) / 1e6:.1f}M parameters"
 
 
 def required_weights(config: Config, stages: list[str]) -> list[str]:

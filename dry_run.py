@@ -28,7 +28,7 @@ from build import (
     build_generator,
     build_tokenizer,
     count_parameters,
-    num_parameters,
+    describe_parameters,
 )
 from fid import INCEPTION_FILE, INCEPTION_URL, inception_path
 from utils.files import hash_file
@@ -41,7 +41,7 @@ GRADIENT_SHARE = 0.2  # what gradients of activations add to what is kept, in an
 
 
 class Trainers(NamedTuple):
-    """The two loops of train.py."""
+    """The two loops of train.py, which are passed on because train.py imports this file."""
 
     tokenizer: Callable
     generator: Callable
@@ -214,28 +214,31 @@ class SavedTensor:
 def weights_gb(context: TrainContext, stage: str) -> float:
     """GB of what does not grow with the batch: weights, optimizer, averages, frozen networks.
 
-    Trained weights take 18 bytes each: four times float32 and a copy in bf16. The memory is fullest
-    when their gradients do not exist yet.
+    A float32 number takes 4 bytes, and its copy in bf16 takes 2. A trained weight is itself, two
+    averages of AdamW, its moving average and the copy: 18 bytes. A fixed part of the tokenizer is
+    itself, its moving average and the copy: 10. The discriminator has no moving average: 14. Frozen
+    networks and AlignTok's reference are themselves and the copy: 6. The memory is fullest when the
+    gradients of weights do not exist yet.
     """
     config = context.config
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
         if stage == "generator":
             generator = build_generator(config, tokenizer, len(context.data.classes))
-            return 18 * num_parameters(generator) / 1e9
+            return 18 * count_parameters(generator) / 1e9
         stage_config = config.for_stage(stage)
         prefixes = config.stages[stage].trainable
         trained = sum(
             p.numel() for name, p in tokenizer.named_parameters() if name.startswith(prefixes)
         )
-        fixed = num_parameters(tokenizer) - trained
+        fixed = count_parameters(tokenizer) - trained
         num_bytes = 18 * trained + 10 * fixed
         for network in build_frozen_networks(stage_config).pretrained_parts().values():
-            num_bytes += 6 * num_parameters(network)
+            num_bytes += 6 * count_parameters(network)
         if config.adversarial_weight:
-            num_bytes += 14 * num_parameters(build_gan("meta"))
+            num_bytes += 14 * count_parameters(build_gan("meta"))
         if stage_config.preservation_weight:
-            num_bytes += 6 * num_parameters(tokenizer)
+            num_bytes += 6 * count_parameters(tokenizer)
     return num_bytes / 1e9
 
 
@@ -278,8 +281,8 @@ def print_sizes(context: TrainContext, latents_bytes: int) -> None:
         f"{len(context.val_indices)} for evaluation"
     )
     print(
-        f"tokenizer   {config.tokenizer_size}: {count_parameters(tokenizer)}, "
+        f"tokenizer   {config.tokenizer_size}: {describe_parameters(tokenizer)}, "
         f"N = {tokenizer.num_patches}, L = {tokenizer.num_latent_tokens}, C = {config.latent_dim}"
     )
-    print(f"{config.generator:<12}{config.generator_size}: {count_parameters(generator)}")
+    print(f"{config.generator:<12}{config.generator_size}: {describe_parameters(generator)}")
     print(f"latents     {latents_bytes / 1e9:.2f} GB in latents.npy")

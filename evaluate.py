@@ -51,8 +51,8 @@ def evaluate_on_val(
     Images are uint8 (b, 3, S, S), rows are their places among the held-out ones, and a metric maps
     two such batches to (b,). Returns on rank 0, and {} elsewhere, the means of the metrics and a
     Frechet distance. That is FID, called fid_N for N images, if Inception's official file is
-    available. Otherwise it is the distance between HOG features of a 4 x 4 grid, which is good for
-    comparing runs, but is not FID.
+    available. Otherwise it is called hog_frechet_distance, and is the distance between HOG features
+    of a 4 x 4 grid, which is good for comparing runs, but is not FID.
     """
     hog = HOG(grid_size=4)
     num_val = len(context.val_indices)
@@ -281,7 +281,7 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
     gathered = measure_all(dist, data, np.arange(len(data)), "latents", measure)
     if not dist.is_main:
         return
-    train, test = train_val_split(data.labels, len(data))
+    train, test = train_val_split(data.labels, len(data))  # a tenth, the most that it gives
     x, y = gathered["latents"].to(dist.device), gathered["labels"].to(dist.device)
     accuracy = linear_probe(x[train], y[train], x[test], y[test])
     report = describe_evaluation("probe", args, run, data, len(test))

@@ -150,7 +150,7 @@ def encode_visible(tokenizer: Tokenizer, images: Tensor, mask: Tensor, num_hidde
     """Encode as a masked autoencoder does: the blocks never see a hidden patch (l-DeTok 3.2).
 
     mask (B, N) hides num_hidden patches of each image. -> a posterior of (B, N, C). The posterior
-    of a hidden patch is the prior: all its values are zero.
+    of a hidden patch is the prior: mean and logvar are 0, so that its std is 1 and its KL is 0.
     """
     num_patches = mask.shape[1]
     ids_keep = mask.byte().argsort(dim=1, stable=True)[:, : num_patches - num_hidden]

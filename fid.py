@@ -469,10 +469,8 @@ def load_inception(weights: str = "", device: torch.device | str = "cpu") -> Inc
     model = InceptionV3()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        counters = [key for key in state if key.endswith("num_batches_tracked")]
-        for key in counters:  # some copies of the file have them, others do not
-            del state[key]
         missing, unexpected = model.load_state_dict(state, strict=False)
+        # Some copies of the file have counters of batches, others do not. They are not needed.
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if missing or unexpected:
             raise ValueError(f"missing keys {missing[:3]}, unexpected keys {unexpected[:3]}")

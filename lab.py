@@ -379,7 +379,7 @@ def make_classifiers(config: Config, epochs: int, out: Path, device: torch.devic
         start = time.perf_counter()
         x = images[half::2]
         y = labels[half::2]
-        fit, test = train_val_split(y.tolist(), len(y))
+        fit, test = train_val_split(y.tolist(), len(y))  # a tenth to test on
         train_classifier(network.to(device), x[fit], y[fit], epochs, config.seed + half)
         accuracy = measure_accuracy(network, x[test], y[test])
         path = out / f"{network.kind}.pt"
@@ -460,18 +460,18 @@ def has_survived(run: dict) -> bool:
 def table(runs: list[dict]) -> str:
     """Markdown: mean +- standard deviation over seeds of each measure; how many seeds survive."""
     keys = [key for key in MEASURES if any(key in run for run in runs)]
-    cells = group_by(runs, "name", "sigma")
+    groups = group_by(runs, "name", "sigma")
     lines = [["", "sigma", *(MEASURES[key] for key in keys), "survive"]]
     lines.append(["---"] * len(lines[0]))
-    for (name, sigma), group in cells.items():
+    for (name, sigma), group in groups.items():
         values = [format_spread([run[key] for run in group if key in run]) for key in keys]
         survived = f"{sum(map(has_survived, group))} of {len(group)}"
         lines.append([name, f"{sigma:g}", *values, survived])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if LINEAR not in (name for name, _ in cells):
+    if LINEAR not in (name for name, _ in groups):
         return text
     largest = {}
-    for (name, sigma), group in cells.items():
+    for (name, sigma), group in groups.items():
         largest.setdefault(name, "none")
         if all(map(has_survived, group)):
             largest[name] = sigma if largest[name] == "none" else max(sigma, largest[name])

@@ -68,8 +68,8 @@ def mixed_mask(ratio: Tensor, noise: Tensor, scores: Tensor, mix: Tensor) -> Ten
     return torch.where(use_random, random_mask(ratio, noise), semantic_mask(ratio, scores))
 
 
-class Mask(NamedTuple):
-    """A row of MASKS."""
+class MaskStrategy(NamedTuple):
+    """A way to choose hidden patches: a row of MASKS."""
 
     function: Callable[..., Tensor]  # (ratio, noise, scores, mix) -> mask (B, N)
     needs_scores: bool  # whether a teacher has to look at the images; if False, scores is None
@@ -77,10 +77,10 @@ class Mask(NamedTuple):
 
 # To try another mask, write a function and give it a row here. It becomes a value of --mask.
 MASKS = {
-    "none": Mask(no_mask, False),
-    "random": Mask(lambda ratio, noise, scores, mix: random_mask(ratio, noise), False),
-    "semantic": Mask(lambda ratio, noise, scores, mix: semantic_mask(ratio, scores), True),
-    "mixed": Mask(mixed_mask, True),
+    "none": MaskStrategy(no_mask, False),
+    "random": MaskStrategy(lambda ratio, noise, scores, mix: random_mask(ratio, noise), False),
+    "semantic": MaskStrategy(lambda ratio, noise, scores, mix: semantic_mask(ratio, scores), True),
+    "mixed": MaskStrategy(mixed_mask, True),
 }
 
 

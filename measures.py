@@ -44,27 +44,27 @@ def measure(folder: Path, device: torch.device, judge_file: str = "") -> dict:
     """Measure a run's averaged weights on whole images, and write plots.pt for its pictures.
 
     kl_per_token    nats, of held-out images; not for a deterministic bottleneck
-    active_units    the share of latents whose mean varies over held-out images by more than 0.01
+    active_units    the share of latents whose mean has a variance above 0.01 over held-out images
 
     The other values are those of measure_probes, measure_generator and measure_with_judge.
     """
     run = load_run(folder, device)
     images, labels, held_out = read_images(run.config)
-    others = np.setdiff1d(np.arange(len(images)), held_out)
+    train_rows = np.setdiff1d(np.arange(len(images)), held_out)
     posterior = encode_all(run, images)
     z = posterior.sample(fixed_noise(posterior))
     variance = posterior.mean[held_out].var(dim=0)
     measures = {"active_units": (variance > 0.01).double().mean().item()}
     if hasattr(posterior, "kl"):
         measures["kl_per_token"] = posterior.kl()[held_out].mean().item()
-    measures |= measure_probes(run, z, images, labels, others, held_out)
+    measures |= measure_probes(run, z, images, labels, train_rows, held_out)
     if run.generator is not None:
-        measures |= measure_generator(run, z, labels, others, held_out)
+        measures |= measure_generator(run, z, labels, train_rows, held_out)
     if judge_file:
-        some_others = images[others[evenly_spaced(len(others), len(held_out))]]
+        chosen = train_rows[evenly_spaced(len(train_rows), len(held_out))]
         network = load_judge(judge_file, run.config.image_size, run.classes).to(device)
         measures |= measure_with_judge(
-            run, network, images[held_out], labels[held_out], some_others
+            run, network, images[held_out], labels[held_out], images[chosen]
         )
         measures["judge_hash"] = hash_file(judge_file)
     save_plot_data(run, images[held_out], labels[held_out], posterior.mean[held_out], folder)
@@ -89,12 +89,13 @@ def measure_probes(
     z: Tensor,
     images: Tensor,
     labels: Tensor,
-    others: np.ndarray,
+    train_rows: np.ndarray,
     held_out: np.ndarray,
 ) -> dict[str, float]:
     """The share of held-out images whose class a linear classifier finds in sampled latents.
 
-    The classifier is fitted to the latents of the other images; z is (n, L, C).
+    The classifier is fitted to the latents of the images that the tokenizer was trained on. z is
+    (n, L, C), and train_rows and held_out are the indices of both kinds of images.
 
     probe           as `evaluate.py probe`, but of sampled latents: in the means a probe also reads
                     what the posterior's noise hides from the decoder and from the generator
@@ -102,7 +103,7 @@ def measure_probes(
     hidden_probe    the same classifier on latents of images half of whose patches are gray; no
                     recipe is trained on gray patches, so that none has an advantage
     """
-    train = z[others].flatten(1)
+    train = z[train_rows].flatten(1)
     test = z[held_out].flatten(1)
     noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
     no_scores = torch.empty(len(held_out), run.tokenizer.num_patches)  # random masks read none
@@ -113,13 +114,13 @@ def measure_probes(
         "hidden_probe": half_hidden.sample(fixed_noise(half_hidden)).flatten(1),
     }
     return {
-        name: linear_probe(train, labels[others], latents, labels[held_out])
+        name: linear_probe(train, labels[train_rows], latents, labels[held_out])
         for name, latents in variants.items()
     }
 
 
 def measure_generator(
-    run: TrainedRun, z: Tensor, labels: Tensor, others: np.ndarray, held_out: np.ndarray
+    run: TrainedRun, z: Tensor, labels: Tensor, train_rows: np.ndarray, held_out: np.ndarray
 ) -> dict[str, float | dict]:
     """How well sampled latents z (n, L, C) of held-out images are modeled.
 
@@ -135,15 +136,15 @@ def measure_generator(
         rng = BatchRNG(seed, len(held_out), slice(None), run.device)
         losses.append(run.generator.loss(x[held_out], y, rng).mean().item())
 
-    some_others = others[evenly_spaced(len(others), MIXTURE_ROWS)]
+    chosen = train_rows[evenly_spaced(len(train_rows), MIXTURE_ROWS)]
     rows = x.flatten(1).cpu()
-    train, test = standardize(rows[some_others], rows[held_out])
+    train, test = standardize(rows[chosen], rows[held_out])
     mixture = {k: gaussian_mixture_nll(train, test, k) for k in NUM_COMPONENTS if k < len(train)}
     return {"flow_loss": float(np.mean(losses)), "mixture": mixture}
 
 
 def measure_with_judge(
-    run: TrainedRun, network: Judge, images: Tensor, labels: Tensor, others: Tensor
+    run: TrainedRun, network: Judge, images: Tensor, labels: Tensor, train_images: Tensor
 ) -> dict[str, float]:
     """What a judge finds in what is made of held-out images uint8 (n, 3, S, S).
 
@@ -151,15 +152,15 @@ def measure_with_judge(
     judge_found_originals    that share of the images themselves
     judge_reconstructions    Frechet distance of reconstructions from the images, in its features
     judge_samples            the same of as many samples, drawn as train.py draws them
-    judge_originals          the same of as many other images (n, 3, S, S) of the data set: what a
-                             perfect generator would have
+    judge_originals          the same of train_images (n, 3, S, S), as many images of the training
+                             set: what a perfect generator would have
     """
     recons = torch.cat([reconstruct(run.tokenizer, batch).cpu() for batch in images.split(64)])
     measures = {
         "judge_found": measure_accuracy(network, recons, labels),
         "judge_found_originals": measure_accuracy(network, images, labels),
         "judge_reconstructions": judge_distance(network, recons, images),
-        "judge_originals": judge_distance(network, others, images),
+        "judge_originals": judge_distance(network, train_images, images),
     }
     if run.generator is not None:
         classes = torch.arange(len(images)) % len(run.classes)

@@ -69,7 +69,7 @@ class Stage(NamedTuple):
 
     steps_field: str = "tokenizer_steps"  # the field of Config that counts its steps
     steps_share: float = 1.0  # how much of that count this stage takes
-    trainable: tuple[str, ...] = ("",)  # prefixes of the tokenizer's parameters that are trained
+    trainable: tuple[str, ...] = ("",)  # prefixes of parameters that are trained; "" is all
     lr_scale: float = 1.0  # factor on lr
     anneal_mask_ratio: bool = False  # whether the mask ratio falls to 0 during the stage
     overrides: dict = {}  # values of Config in this stage, which also win over flags
@@ -99,7 +99,8 @@ class Config:
     image_size: int = option(32, "paper 4.1: 256, 512", min=11, max=4096,  # SSIM's window has 11 px
         help="side in pixels to which images are resized and center-cropped")
     patch_size: int = option(0, "config: 16", min=0,
-        help="side of a patch in pixels (0: for 8 to 16 patches per side, of which L divides N)")
+        help="side of a patch in pixels (0: the largest with which there are 8 to 16 patches per "
+        "side, and L divides their number N)")
     num_latent_tokens: int = option(16, "paper 4.1: 128, 64", min=0, max=2**16, flag="tokens",
         help="L, latent tokens per image (0: one latent per patch)")
     latent_dim: int = option(16, "paper 4.1: 32", min=1, max=2**12, flag="channels",
@@ -144,7 +145,8 @@ class Config:
     adversarial_weight: float = option(0.0, "config: 0.2", min=0,
         help="weight of the adversarial loss, times the adaptive weight")
     discriminator_start: int = option(400, "config: 20000; the quarter ours", min=0,
-        help="step at which the discriminator starts; its gradient counts from 1.25 times it on")
+        help="step, counted over all image stages, from which the discriminator trains; from 1.25 "
+        "times it on, its gradient reaches the decoder")
 
     # Training on images.
     batch_size: int = option(16, "paper B.1: 256; 128 at 512 px", min=1, max=2**20,
@@ -180,9 +182,9 @@ class Config:
     generator_steps: int = option(1500, "paper 4.1: 4000000 for XL, 500000 for B", min=1,
         resume_scope="none", help="steps of the generator stage")
     sampling_steps: int = option(50, "config: 250", min=1, resume_scope="none",
-        help="solver steps of the samples at the end")
+        help="solver steps of the samples")
     cfg_scale: float = option(3.0, "paper B.2: 2.3; 2.4 with 64 tokens", min=1, flag="guidance",
-        resume_scope="none", help="guidance scale of the samples at the end (1: none)")
+        resume_scope="none", help="guidance scale of the samples (1: none)")
 
     # What a run keeps and shows.
     eval_images: int = option(256, "ours", min=2,

@@ -207,10 +207,10 @@ def hash_encoder(tokenizer: Tokenizer) -> str:
 def generate(
     run: TrainedRun, labels: Tensor, indices: list[int], seed: int = 0, **settings
 ) -> Tensor:
-    """Generate the samples with these indices for labels (b,).
+    """Generate a sample for each of the labels (b,).
 
-    Returns uint8 (b, 3, S, S), where S is the image size. The settings are those of
-    TrainedRun.sampler_settings.
+    A sample's index and the seed choose its noise. Returns uint8 (b, 3, S, S), where S is the image
+    size. The settings are those of TrainedRun.sampler_settings.
     """
     settings = run.sampler_settings(**settings)
     shape = (run.tokenizer.num_latent_tokens, run.tokenizer.latent_dim)

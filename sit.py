@@ -61,7 +61,7 @@ class Generator(nn.Module):
     To try another generator, write a subclass with __init__(num_tokens, latent_dim, num_classes,
     size, is_2d), which sets null_label to num_classes, and with forward; then give it a row in
     GENERATORS. A generator of another kind overrides loss and sample, too. Transformer blocks
-    belong into `self.blocks`, where torch.compile and Muon look for them.
+    belong into `self.blocks`, where torch.compile looks for them.
     """
 
     betas = (0.9, 0.999)  # of AdamW (config: SiT)
@@ -342,9 +342,9 @@ def per_sample_noise(
 
     Row i depends on (seed, indices[i]) only, so a sample does not depend on its batch.
     """
-    generators = [np.random.default_rng((seed, index)) for index in indices]
+    rngs = [np.random.default_rng((seed, index)) for index in indices]
     while True:
-        rows = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
+        rows = [rng.standard_normal(shape, dtype=np.float32) for rng in rngs]
         yield torch.from_numpy(np.stack(rows)).to(device)
 
 
@@ -364,7 +364,7 @@ def time_steps(solver: str, num_steps: int, shift: float = 1.0) -> tuple[Tensor,
         t_steps = torch.cat([t_steps, torch.zeros(1, dtype=torch.float64)])
     else:
         t_steps = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        t_steps = t_steps / (1 + (shift - 1) * (1 - t_steps))
+        t_steps = t_steps / (t_steps + shift * (1 - t_steps))
     return t_steps[:-1], t_steps[1:]
 
 
@@ -424,7 +424,7 @@ def sample(
         guided = cfg_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
         dt = t_next - t  # negative
         v = velocity(x, t, guided)
-        if solver == "sde":
+        if solver == "sde":  # dx = (v - (g^2 / 2) score) dt + g dw, backward in time, g^2 = 2 t
             x = x + (v - t * score(x, v, t)) * dt
             if not is_last:
                 x = x + torch.sqrt(2 * t * -dt) * next(noise).double()

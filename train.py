@@ -40,7 +40,7 @@ from build import (
     build_generator,
     build_latent_losses,
     build_tokenizer,
-    count_parameters,
+    describe_parameters,
     init_from_pretrained,
     load_frozen_networks,
     required_weights,
@@ -95,7 +95,7 @@ class PatchMask(NamedTuple):
     """Which patches of a batch are hidden from the encoder."""
 
     mask: Tensor  # (B, N), True is hidden
-    ratio: Tensor  # (B,), the share of hidden patches
+    ratio: Tensor  # (B,), m in section 3.2; it is drawn even if --mask none hides no patch
     num_hidden: int | None  # with drop_masked: how many in each image
 
 
@@ -192,8 +192,8 @@ def train_tokenizer(
     config = context.config.for_stage(stage)  # with the overrides of this stage
     stage_settings = config.stages[stage]
     dist, device = context.dist, context.device
-    total_steps = context.config.total_steps(stage)
-    steps_before = count_steps_before(context.config, stage)
+    total_steps = config.total_steps(stage)
+    steps_before = count_steps_before(config, stage)
     loss_weights = config.loss_weights()  # {"mse": 1.0, "kl": 1e-6, "local": 0.1, ...}
     micro_slices = micro_batch_slices(config.batch_size, config.micro_batch, dist)
     num_micro = len(micro_slices)  # micro batches, whose gradients are accumulated
@@ -226,7 +226,7 @@ def train_tokenizer(
     if dist.is_main and "teacher" in frozen.teachers and start_step == steps_before == 0:
         draw_masks(frozen.teachers["teacher"], context)
 
-    # Both are counted over all stages; see discriminator_start in recipes.py.
+    # In steps of this stage, while discriminator_start counts the steps of all stages.
     disc_start = config.discriminator_start - steps_before
     g_loss_start = disc_start + config.discriminator_start // 4
 
@@ -273,8 +273,8 @@ def train_tokenizer(
                         outputs = ddp_gan(frozen.disc_backbone, recon_leaf, x, rand, use_g_loss)
                         d_loss, g_loss, gan_metrics = outputs
 
-                # 4. Backward through the sum of all losses (eq. 7). pull_back sends the gradient at
-                # the leaf on into the decoder. Adaptive weights observe for their next value.
+                # 4. Backward through the sum of all losses (eq. 7). What pull_back returns has the
+                # right gradient, but no meaning as a number, so that `loss` is not logged.
                 rec_loss = pull_back(recon, recon_leaf, weighted_sum(pixel_losses, loss_weights))
                 loss = rec_loss
                 if use_g_loss:
@@ -290,7 +290,7 @@ def train_tokenizer(
                 if train_disc:  # only the discriminator gets this gradient
                     (d_loss / num_micro).backward()
                     log.add(gan_metrics)
-                # The logged loss leaves out the adversarial one.
+                # The logged loss is computed from the values, and leaves out the adversarial one.
                 losses = pixel_losses | latent_losses
                 log.add(losses | {"loss": weighted_sum(losses, loss_weights)})
                 log.add(posterior.statistics())
@@ -556,13 +556,19 @@ def is_finished(context: TrainContext, stage: str) -> bool:
     """Whether a stage has nothing left to do. UserError if its checkpoint is of another run."""
     if stage == "latents":
         return latents_exist(context.path("latents.npy"))
-    path = context.path(f"{stage}.pt")
-    if not path.exists():
+    if not context.path(f"{stage}.pt").exists():
         return False
-    saved = read_checkpoint(path, mmap=True)  # reads the metadata, not the weights
+    saved = read_stage(context, stage, mmap=True)  # reads the metadata, not the weights
+    return saved["step"] >= context.config.total_steps(stage)
+
+
+def read_stage(context: TrainContext, stage: str, mmap: bool = False) -> dict:
+    """The checkpoint of a stage. Raises UserError if it is of another run."""
+    path = context.path(f"{stage}.pt")
+    saved = read_checkpoint(path, mmap)
     encoder_hash = saved["identity"].get("encoder")  # the file's own, because ours is not known
     check_identity(path, saved, context.identity(stage, encoder_hash))
-    return saved["step"] >= context.config.total_steps(stage)
+    return saved
 
 
 def load_previous_stage(
@@ -590,9 +596,7 @@ def load_previous_stage(
     path = context.path(f"{previous}.pt")
     if not path.exists():
         raise UserError(f"{path} does not exist; run the {previous} stage first")
-    saved = read_checkpoint(path)
-    encoder_hash = saved["identity"].get("encoder")  # the file's own, because ours is not known
-    check_identity(path, saved, context.identity(previous, encoder_hash))
+    saved = read_stage(context, previous)
     total_steps = context.config.total_steps(previous)
     if saved["step"] < total_steps:
         raise UserError(
@@ -683,10 +687,10 @@ def print_run(context: TrainContext, tokenizer: Tokenizer) -> None:
     print(f"data: {context.data.describe()}; {len(context.train_indices)} to train on")
     print(f"objective: {config.describe_objective()}")
     print(
-        f"tokenizer: {count_parameters(tokenizer)}, N = {tokenizer.num_patches} patches, "
+        f"tokenizer: {describe_parameters(tokenizer)}, N = {tokenizer.num_patches} patches, "
         f"L = {tokenizer.num_latent_tokens} tokens of C = {tokenizer.latent_dim} channels"
     )
-    print(f"generator: {config.generator}, {count_parameters(generator)}")
+    print(f"generator: {config.generator}, {describe_parameters(generator)}")
     print(f"latents.npy: {latents_size(context) / 1e9:.2f} GB")
     print("\n".join(textwrap.wrap(f"config: {settings}", width=100, subsequent_indent="  ")))
     if not has_held_out_images(context):

@@ -113,6 +113,11 @@ def write_metadata(path: Path, encoder_hash: str, data: str, mean: Tensor, std: 
 class LatentDataset:
     """latents.npy, read from disk as it is needed, and latents.json.
 
+    encoder_hash    of the tokenizer that made them (sample.hash_encoder)
+    data            the fingerprint of the data set
+    count           rows: one per training image, and one per mirror image
+    mean, std       attributes (C,), statistics of the latents z over all rows
+
     Raises UserError if they are missing, damaged, or of another tokenizer or other images.
     """
 
