@@ -65,7 +65,8 @@ def evaluate_on_val(
 
     parts = []
     for rows in context.dist.shard(range(num_val), 64):
-        images, _ = read_batch(context.data, context.val_indices[rows])
+        # As in training, a few images may be unreadable.
+        images, _ = read_batch(context.data, context.val_indices[rows], replace=True)
         images = images.to(context.device)
         fake = make(images, rows)
         part = {metric.__name__: metric(images, fake).cpu() for metric in metrics}
@@ -156,7 +157,7 @@ def hide_half(images: Tensor, scores: Tensor, name: str) -> Tensor:
 def val_images(context: TrainContext, count: int) -> Tensor:
     """At most `count` held-out images from all over the data set, uint8 (count, 3, S, S)."""
     picks = evenly_spaced(len(context.val_indices), count)
-    images, _ = read_batch(context.data, context.val_indices[picks])
+    images, _ = read_batch(context.data, context.val_indices[picks], replace=True)
     return images
 
 

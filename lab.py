@@ -347,7 +347,8 @@ def water_filling(
 def linear_optima(runs: list[dict]) -> list[dict]:
     """`water_filling` at each KL weight of the runs, for their training images, also mirrored."""
     run = runs[0]
-    config = Config(**{name: run[name] for name in Config.__dataclass_fields__})
+    # A run that was made before an option existed lacks it.
+    config = Config(**{name: run[name] for name in Config.__dataclass_fields__ if name in run})
     images, _, held_out = read_images(config)
     x = to_float(torch.from_numpy(np.delete(images.numpy(), held_out, axis=0)))
     x = torch.cat([x, x.flip(-1)]).flatten(1)

@@ -35,7 +35,7 @@ def read_images(config: Config) -> tuple[Tensor, Tensor, np.ndarray]:
     data = open_dataset(config.data_dir, config.image_size)
     _, held_out = train_val_split(data.labels, config.eval_images)
     chosen = np.union1d(held_out, evenly_spaced(len(data), MAX_IMAGES))
-    images, labels = read_batch(data, chosen)
+    images, labels = read_batch(data, chosen, replace=True)
     return images, labels, np.searchsorted(chosen, held_out)
 
 

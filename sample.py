@@ -133,7 +133,8 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
     image checkpoint, which may have been trained on since, replaces the one in it.
     """
     first, *others = find_checkpoints(Path(path))
-    saved = read_checkpoint(first)
+    # Only weights that are used are read from disk, not the optimizer's state.
+    saved = read_checkpoint(first, mmap=True)
     has_generator = "tokenizer" in saved
     state = saved["tokenizer"] if has_generator else saved["ema"]
     latents_file = Path(path) / "latents.json"
@@ -142,7 +143,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> TrainedRun
         for name in ("latent_mean", "latent_std"):
             state[name] = torch.tensor(metadata[name])
     if has_generator and others:
-        last_image_state = read_checkpoint(others[0])["ema"]
+        last_image_state = read_checkpoint(others[0], mmap=True)["ema"]
         for key, value in last_image_state.items():
             if key.startswith(ENCODER_PARTS) and not torch.equal(value, state[key]):
                 raise UserError(

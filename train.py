@@ -345,7 +345,9 @@ def train_generator(
     metadata = describe_checkpoint(context, "generator", encoder_hash)
     objects = {"model": generator, "ema": ema, "tokenizer": tokenizer}
     checkpoint = Checkpoint(context.path("generator.pt"), metadata, objects | optimizers)
+    decoder = copy.deepcopy(tokenizer.decoder.state_dict())
     start_step = checkpoint.load()
+    tokenizer.decoder.load_state_dict(decoder)  # It may have been trained on since.
     ddp_loss = dist.wrap(GeneratorLoss(generator))
     indices = range(len(latents))
     batches = batch_indices(indices, batch_size, config.seed, start_step, micro_slices)
@@ -377,15 +379,17 @@ def train_generator(
 
             # Once in a while.
             done = step + 1
-            stop = dist.any_rank(bool(signals)) and done < total_steps
+            is_last = done == total_steps
+            is_sample_step = config.sample_every > 0 and done % config.sample_every == 0
+            stop = dist.any_rank(bool(signals)) and not is_last
             if is_time(done, config.log_every, total_steps):
                 line = write_line(log, done, config.generator_lr, batch_size, context)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
-            if stop or is_time(done, config.save_every, total_steps):
+            if stop or is_sample_step or is_time(done, config.save_every, total_steps):
                 save(checkpoint, done, context)
             if stop:
                 raise stopped_error("generator", done)
-            if config.sample_every and done % config.sample_every == 0 and done < total_steps:
+            if is_sample_step and not is_last:
                 log.write(done, sample_quality(ema, tokenizer, context))
     return ema
 

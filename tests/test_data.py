@@ -383,6 +383,9 @@ def test_a_batch_is_read_in_order_and_an_unreadable_file_is_an_error(tmp_path):
     Path(folder.paths[0]).write_text("not an image")
     with pytest.raises(OSError, match="not a readable image"):
         read_batch(folder, [5, 0])
+    images, labels = read_batch(folder, [5, 0], replace=True)
+    assert torch.equal(images[1], folder.read(1)[0])
+    assert labels.tolist() == [2, 0]
 
 
 def test_the_fingerprint_of_a_folder_depends_on_its_names_and_sizes_and_not_on_its_place(tmp_path):
@@ -692,6 +695,19 @@ def test_signals_end_a_command_in_one_line_and_leave_no_temporary_file(
     signal.signal(signal.SIGTERM, previous)
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+    assert not os.listdir(tmp_path)
+
+
+def test_a_signal_that_comes_too_late_for_a_step_ends_the_command_after_the_stage():
+    sentence = "at the end of a stage; run the same command"
+    with pytest.raises(KeyboardInterrupt, match=sentence), catch_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+
+
+def test_only_a_failed_write_is_called_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), atomic_write(tmp_path / "x"):
+        raise RuntimeError("out of memory")
     assert not os.listdir(tmp_path)
 
 

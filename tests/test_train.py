@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,6 +277,23 @@ def test_a_longer_decoder_stage_reaches_the_samples(finished, tmp_path):
     torch.save(decoder, out / "decoder.pt")
     succeed("sample.py", f"{out} --npz 2 --steps 2")
     assert np.load(out / "samples.npz")["arr_0"].min() == 255
+
+
+def test_a_longer_decoder_stage_reaches_the_samples_of_training(finished, whole, tmp_path):
+    """The generator is finished; its samples are drawn and measured again."""
+    out = copy_run(finished, tmp_path)
+    decoder = read_checkpoint(out / "decoder.pt")
+    decoder["ema"]["decoder.last_layer.bias"] += 100
+    torch.save(decoder, out / "decoder.pt")
+    result = json.loads((out / "result.json").read_text())
+    before = result.pop("generator")
+    (out / "result.json").write_text(json.dumps(result))
+    succeed("train.py", f"{whole} --out {out} --stage generator")
+    with Image.open(out / "samples.png") as picture:
+        assert np.asarray(picture).min() == 255
+    after = json.loads((out / "result.json").read_text())["generator"]
+    assert after["hog_frechet_distance"] != before["hog_frechet_distance"]
+    same_weights(out / "generator.pt", finished / "generator.pt")
 
 
 @pytest.mark.parametrize("classes", [0, 1])
@@ -911,6 +929,17 @@ def test_replaced_images_are_noticed(tmp_path):
 # Once in a while.
 
 
+def test_an_unreadable_held_out_image_does_not_end_a_run(tmp_path):
+    folder = make_folder(tmp_path / "images", 2, 20)
+    words = f"{TINY} --tokenizer_steps 2 --stage tokenizer --data {folder} --out {tmp_path}/out"
+    run = open_run(words, tmp_path / "out")
+    path = Path(run.data.paths[run.val_indices[0]])
+    path.write_bytes(path.read_bytes()[:99])
+    done = succeed("train.py", words)
+    assert f"warning: {path} is not a readable image" in done.stderr
+    assert log_lines(tmp_path / "out", "tokenizer")
+
+
 def test_speed_leaves_out_saving_and_evaluation(images, tmp_path, monkeypatch):
     """A save that takes a second at every sixth step does not show in images/s."""
     save = checkpoint.Checkpoint.save
@@ -938,11 +967,20 @@ def test_pictures_come_with_the_first_evaluation(images, tmp_path, monkeypatch):
     assert [line["step"] for line in lines if "psnr" in line] == [2, 4, 6]
 
 
-def test_samples_on_the_way_are_measured_and_change_nothing(finished, whole, tmp_path):
+def test_samples_on_the_way_are_measured_and_change_nothing(finished, whole, tmp_path, monkeypatch):
     out = copy_run(finished, tmp_path)
     (out / "generator.pt").unlink()
     (out / "log.jsonl").unlink()
+    saved_steps = []
+    sample_quality = train.sample_quality
+
+    def spy(*args):
+        saved_steps.append(read_checkpoint(out / "generator.pt")["step"])
+        return sample_quality(*args)
+
+    monkeypatch.setattr(train, "sample_quality", spy)
     succeed("train.py", f"{whole} --sample_every 8 --out {out}")
+    assert saved_steps == [8, 16, 20]  # first the checkpoint, then the samples
     lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()]
     distances = {
         line["step"]: line["hog_frechet_distance"]

@@ -169,7 +169,8 @@ def warn(text: str, show: bool = True) -> None:
 def catch_signals():
     """Yield a list that collects SIGINT and SIGTERM, so that a training step can end and be saved.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. Raises KeyboardInterrupt at the end if a signal came too
+    late for a step.
     """
     received = []
 
@@ -184,3 +185,7 @@ def catch_signals():
     finally:
         for number, handler in zip(numbers, previous):
             signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt(
+            "stopped at the end of a stage; run the same command again to go on"
+        )

@@ -121,9 +121,15 @@ def open_dataset(folder: str, size: int) -> ImageFolder | Shapes:
     return Shapes(size) if folder in ("", "shapes") else ImageFolder(folder, size)
 
 
-def read_batch(dataset: ImageFolder | Shapes, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Items read in parallel -> uint8 (b, 3, S, S), labels (b,). OSError for an unreadable file."""
-    images, labels = zip(*IO_POOL.map(dataset.read, map(int, indices)))
+def read_batch(
+    dataset: ImageFolder | Shapes, indices: Iterable[int], replace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Items read in parallel -> uint8 (b, 3, S, S), labels (b,).
+
+    An unreadable file raises OSError or, if `replace` is true, the next image takes its place.
+    """
+    read = dataset.__getitem__ if replace else dataset.read
+    images, labels = zip(*IO_POOL.map(read, map(int, indices)))
     return torch.stack(images), torch.tensor(labels)
 
 

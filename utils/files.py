@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, read without running code, locked and hashed."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -38,12 +39,11 @@ def atomic_write(path: str | Path):
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch raises a RuntimeError for a failed write, and does not say why it failed.
-        reason = error.strerror if isinstance(error, OSError) else "the disk is probably full"
+    except OSError as error:
+        reason = error.strerror or error
         kept = "the previous file is kept" if path.exists() else "nothing was written"
         raise UserError(
-            f"cannot write {path} ({reason or error}); {kept}, make room and run the command again"
+            f"cannot write {path} ({reason}); {kept}, make room and run the command again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -98,7 +98,10 @@ def lock_file(path: Path):
 def save_torch(content: dict, path: str | Path) -> None:
     """torch.save, whole or not at all."""
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch does not say why a write failed
+            raise OSError(errno.ENOSPC, "the disk is probably full") from error
 
 
 def load_torch(path: str | Path, mmap: bool = False) -> dict:

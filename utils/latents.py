@@ -75,6 +75,8 @@ def write_latents(path: Path, count: int, dtype: np.dtype, dist: Distributed):
         writer = LatentWriter(temporary, dtype)
         with writer.file:
             yield writer
+            writer.file.flush()
+            os.fsync(writer.file.fileno())
         dist.barrier()
         if dist.is_main:
             temporary.replace(path)
