@@ -643,9 +643,10 @@ class Pictures:
                 mixture = run.get("mixture", {})
                 mixtures.plot([int(k) for k in mixture], list(mixture.values()), ".-", **style)
         training.set(xlabel="training step", ylabel="flow-matching loss, training")
-        samples.set(xlabel="training step", ylabel=MEASURES["distance"], yscale="log")
+        samples.set(xlabel="training step", ylabel=MEASURES["distance"])
+        samples.set_ylim(bottom=0)
         mixtures.set_xscale("log", base=2)
-        mixtures.set(xlabel="Gaussians in the mixture (MAETok fig. 2)")
+        mixtures.set(xlabel="Gaussians in the mixture")  # MAETok fig. 2
         mixtures.set(ylabel="negative log likelihood, held out (nats)")
         figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
