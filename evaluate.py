@@ -282,7 +282,7 @@ def probe(args: argparse.Namespace, dist: Distributed) -> None:
     gathered = measure_all(dist, data, np.arange(len(data)), "latents", measure)
     if not dist.is_main:
         return
-    train, test = train_val_split(data.labels, len(data))  # a tenth, the most that it gives
+    train, test = train_val_split(data.labels, len(data))  # It holds out a tenth at most.
     x, y = gathered["latents"].to(dist.device), gathered["labels"].to(dist.device)
     accuracy = linear_probe(x[train], y[train], x[test], y[test])
     report = describe_evaluation("probe", args, run, data, len(test))

@@ -380,7 +380,7 @@ def make_classifiers(config: Config, epochs: int, out: Path, device: torch.devic
         start = time.perf_counter()
         x = images[half::2]
         y = labels[half::2]
-        fit, test = train_val_split(y.tolist(), len(y))  # a tenth to test on
+        fit, test = train_val_split(y.tolist(), len(y))  # It holds out a tenth at most.
         train_classifier(network.to(device), x[fit], y[fit], epochs, config.seed + half)
         accuracy = measure_accuracy(network, x[test], y[test])
         path = out / f"{network.kind}.pt"

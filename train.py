@@ -347,7 +347,8 @@ def train_generator(
     checkpoint = Checkpoint(context.path("generator.pt"), metadata, objects | optimizers)
     decoder = copy.deepcopy(tokenizer.decoder.state_dict())
     start_step = checkpoint.load()
-    tokenizer.decoder.load_state_dict(decoder)  # It may have been trained on since.
+    # The decoder may have been trained on since the checkpoint was written.
+    tokenizer.decoder.load_state_dict(decoder)
     ddp_loss = dist.wrap(GeneratorLoss(generator))
     indices = range(len(latents))
     batches = batch_indices(indices, batch_size, config.seed, start_step, micro_slices)
@@ -380,8 +381,11 @@ def train_generator(
             # Once in a while.
             done = step + 1
             is_last = done == total_steps
-            is_sample_step = config.sample_every > 0 and done % config.sample_every == 0
             stop = dist.any_rank(bool(signals)) and not is_last
+            # `main` measures the samples at the end.
+            is_sample_step = (
+                config.sample_every > 0 and done % config.sample_every == 0 and not is_last
+            )
             if is_time(done, config.log_every, total_steps):
                 line = write_line(log, done, config.generator_lr, batch_size, context)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}")
@@ -389,7 +393,7 @@ def train_generator(
                 save(checkpoint, done, context)
             if stop:
                 raise stopped_error("generator", done)
-            if is_sample_step and not is_last:
+            if is_sample_step:
                 log.write(done, sample_quality(ema, tokenizer, context))
     return ema
 
