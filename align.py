@@ -58,7 +58,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pretrain_grid**2, width))
         if num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width))
-        if is_dinov2:  # it is in the official files, and unused here
+        if is_dinov2:  # only the tokenizer's encoder uses it, if it starts from DINOv2
             self.register_buffer("mask_token", torch.zeros(1, width))
         self.patch_embed = PatchEmbed(patch_size, width)
         blocks = (Block(width, num_heads, layer_scale=is_dinov2) for _ in range(depth))

@@ -148,7 +148,10 @@ def build_tokenizer(config: Config) -> Tokenizer:
 
 
 def build_teacher(config: Config) -> nn.Module:
-    """The teacher of a config, with random weights; it needs no file, as sampling has none."""
+    """The teacher of a config, with random weights.
+
+    The file of a trained teacher is not read: sampling does not need it, and it may be gone.
+    """
     if config.teacher_file:
         return SmallTeacher(config.grid_size)
     return TEACHERS[config.teacher](config.grid_size)

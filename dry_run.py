@@ -32,6 +32,7 @@ from build import (
 )
 from fid import INCEPTION_FILE, INCEPTION_URL, inception_path
 from utils.files import hash_file
+from utils.latents import record_dtype
 from utils.weights import PRETRAINED, weights_path
 
 GPU_SIZES = (16, 24, 40, 80)  # GB, for which a micro batch is proposed
@@ -64,18 +65,18 @@ class Cost(NamedTuple):
 
 
 def measure_run(
-    context: TrainContext, weight_names: list[str], latents_bytes: int, trainers: Trainers
+    context: TrainContext, stages: list[str], weight_names: list[str], trainers: Trainers
 ) -> None:
-    """Print what a run takes.
+    """Print what a run of these stages takes.
 
     weight_names are those of the official files that the run needs; missing ones leave random
-    weights. latents_bytes is the size of latents.npy.
+    weights.
     """
     config = context.config
     is_main = context.dist.is_main
     if is_main:
         print_files(context, weight_names)
-        print_sizes(context, latents_bytes)
+        print_sizes(context, file_sizes(context, stages))
         print_row("stage", ["batch", "micro batch", "one step", "whole stage", "memory", "fits"])
     for stage in (*config.stages, "generator"):
         is_generator = stage == "generator"
@@ -250,6 +251,51 @@ def physical_gb() -> float:
 
 
 # --------------------------------------------------------------------------------------------------
+# Room on the disk.
+
+
+def count_latents(context: TrainContext) -> int:
+    """The rows of latents.npy: one per training image, and one per mirror image."""
+    return len(context.train_indices) * (2 if context.config.flip else 1)
+
+
+def file_sizes(context: TrainContext, stages: list[str]) -> dict[str, int]:
+    """About how many bytes the files of these stages take, by name.
+
+    A checkpoint holds four float32 numbers for each weight of its network: itself, its moving
+    average, and the two averages of AdamW. That of the generator holds the tokenizer, too.
+    """
+    config = context.config
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config)
+        generator = build_generator(config, tokenizer, len(context.data.classes))
+    sizes = {}
+    for stage in stages:
+        if stage == "latents":
+            record = record_dtype(tokenizer.num_latent_tokens, tokenizer.latent_dim)
+            sizes["latents.npy"] = count_latents(context) * record.itemsize
+        elif stage == "generator":
+            num_weights = 4 * count_parameters(generator) + count_parameters(tokenizer)
+            sizes["generator.pt"] = 4 * num_weights
+        else:
+            sizes[f"{stage}.pt"] = 16 * count_parameters(tokenizer)
+    return sizes
+
+
+def bytes_to_write(context: TrainContext, sizes: dict[str, int]) -> int:
+    """How many bytes must be free for files of these sizes, by name, some of which may exist.
+
+    A file is written beside the one that it replaces, so that the largest checkpoint is there
+    twice for a while.
+    """
+    paths = [context.path(name) for name in sizes]
+    existing = sum(path.stat().st_size for path in paths if path.exists())
+    checkpoints = [size for name, size in sizes.items() if name != "latents.npy"]
+    largest = max(checkpoints, default=0)
+    return sum(sizes.values()) + largest - existing
+
+
+# --------------------------------------------------------------------------------------------------
 # What is printed.
 
 
@@ -270,8 +316,8 @@ def print_files(context: TrainContext, weight_names: list[str]) -> None:
         print(f"file        {INCEPTION_FILE}: missing, without it there is no FID; {INCEPTION_URL}")
 
 
-def print_sizes(context: TrainContext, latents_bytes: int) -> None:
-    """How large the data and the networks are."""
+def print_sizes(context: TrainContext, sizes: dict[str, int]) -> None:
+    """How large the data, the networks and the files are."""
     config = context.config
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
@@ -285,4 +331,5 @@ def print_sizes(context: TrainContext, latents_bytes: int) -> None:
         f"N = {tokenizer.num_patches}, L = {tokenizer.num_latent_tokens}, C = {config.latent_dim}"
     )
     print(f"{config.generator:<12}{config.generator_size}: {describe_parameters(generator)}")
-    print(f"latents     {latents_bytes / 1e9:.2f} GB in latents.npy")
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
+    print(f"disk        {bytes_to_write(context, sizes) / 1e9:.2f} GB must be free: {parts}")

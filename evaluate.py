@@ -1,6 +1,6 @@
 """What a run is worth: held-out quality and pictures, rFID, linear probe, comparison of reports.
 
-    python evaluate.py rfid out --data imagenet/val      # reconstructions against their crops
+    python evaluate.py rfid out --data imagenet/val      # reconstructions against cropped images
     python evaluate.py probe out --data imagenet/val     # a linear classifier on the latents
     python evaluate.py stats imagenet/val val.npz --image_size 256    # a reference for fid.py
     python evaluate.py compare a.fid.json b.fid.json     # one table; are they comparable?
@@ -126,8 +126,7 @@ def sample_quality(generator: nn.Module, tokenizer: Tokenizer, context: TrainCon
 
 @torch.no_grad()
 def draw_masks(teacher: Callable, context: TrainContext) -> None:
-    """Write masks.png: images, then half of their patches hidden at random, by similarity, and by
-    the run's own mask if that is another one.
+    """Write masks.png: images, then half of their patches hidden at random, and by similarity.
 
     teacher maps images (B, 3, H, W) to cls, patches.
     """
@@ -136,9 +135,8 @@ def draw_masks(teacher: Callable, context: TrainContext) -> None:
     # for batches of any size, which is slower.
     teacher = copy.deepcopy(teacher)
     scores = masking.cls_similarity(*teacher(to_float(images.to(context.device)))).cpu()
-    own = set() if context.config.mask in ("mixed", "none") else {context.config.mask}
     rows = [images]
-    for name in dict.fromkeys(("random", "semantic", *own)):
+    for name in ("random", "semantic"):
         rows.append(hide_half(images, scores, name))
     write_grid(torch.stack(rows), context.path("masks.png"))
 
@@ -255,7 +253,7 @@ def rfid(args: argparse.Namespace, dist: Distributed) -> None:
             fake_stats = mean_cov(gathered.pop(f"features_{name}"))
             values[f"rfid_{name}"] = frechet_distance(*fake_stats, *real_stats)
     values |= {name: rows.mean().item() for name, rows in gathered.items()}
-    for problem in fid.find_few(args.data, len(indices)):
+    for problem in fid.find_too_few_images(args.data, len(indices)):
         warn(problem)
     if was_trained_on and not args.held_out:
         warn("the run was trained on these images; --held_out takes only what it held out")
@@ -456,7 +454,9 @@ def build_parser() -> Parser:
 def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     dist = Distributed.start(getattr(args, "device", None))
-    torch.set_float32_matmul_precision("highest")  # TF32 would show in the values
+    # TF32, a GPU's coarser rounding in products and convolutions, would show in the values.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     args.function(args, dist)
 
 

@@ -154,6 +154,8 @@ def encode_visible(tokenizer: Tokenizer, images: Tensor, mask: Tensor, num_hidde
     """
     num_patches = mask.shape[1]
     ids_keep = mask.byte().argsort(dim=1, stable=True)[:, : num_patches - num_hidden]
+    # No patch that is kept is hidden, so that the mask changes no value. It gives the mask token a
+    # gradient, which is zero: DistributedDataParallel fails at a parameter that has none.
     posterior = tokenizer.bottleneck(tokenizer.encoder(images, mask, ids_keep))
     placed = (place_visible(x, ids_keep, num_patches) for x in posterior)
     return type(posterior)(*placed)
@@ -181,8 +183,8 @@ def add_latent_noise(z: Tensor, tau: Tensor, noise: Tensor, gamma: float = 3.0) 
 class PretrainedEncoder(nn.Module):
     """A teacher and an adapter of two layers on its patches (AlignTok section 3.2, eq. 3).
 
-    The adapter's second layer is the bottleneck's `proj`. Its hidden width, four times the
-    teacher's, is ours.
+    The adapter's second layer is the bottleneck's `proj`. The width between the two layers, four
+    times the teacher's, is ours.
     """
 
     def __init__(self, teacher: nn.Module):

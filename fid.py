@@ -675,10 +675,10 @@ def evaluate_samples(
 ) -> dict[str, float]:
     """FID, Inception Score, precision and recall, as far as the two sets allow.
 
-    Statistics that are stored in an .npz come before those of its images, as in ADM's evaluator.
-    The Inception Score is of blocks of 5,000 images, shuffled with a fixed seed, because images
-    that are sorted by class would have a much lower score. `model` may be None if both sets are
-    statistics.
+    Statistics that are stored in an .npz are used in place of those of its images, as in ADM's
+    evaluator. The Inception Score is of blocks of 5,000 images, shuffled with a fixed seed, because
+    images that are sorted by class would have a much lower score. `model` may be None if both sets
+    are statistics.
     """
     fake, real = None, None
     if samples.count:
@@ -702,8 +702,8 @@ def evaluate_samples(
     return values
 
 
-def find_few(path: str | Path, count: int) -> list[str]:
-    """A sentence if these are too few images for FID."""
+def find_too_few_images(path: str | Path, count: int) -> list[str]:
+    """A list with one sentence if these are too few images for FID, and else an empty one."""
     if count > 2048:
         return []
     return [
@@ -717,7 +717,7 @@ def find_problems(samples: ImageSet, reference: ImageSet) -> list[str]:
     problems = []
     for images in (samples, reference):
         if images.count and not images.stats:
-            problems += find_few(images.path, images.count)
+            problems += find_too_few_images(images.path, images.count)
     sizes = [images.size or images.metadata.get("size") for images in (samples, reference)]
     if None not in sizes and tuple(sizes[0]) != tuple(sizes[1]):
         (height, width), (ref_height, ref_width) = sizes

@@ -65,6 +65,7 @@ LOCAL = dict(mask="none", local_weight=0.1, global_weight=0)
 LOCAL_GLOBAL = dict(mask="none", local_weight=0.1, global_weight=0.1)
 MIXED = dict(mask="mixed")
 PAPER_RATIO = dict(mask_ratio=0.7)
+GUIDANCE = dict(guidance=3)  # with which the tables of docs/ were measured
 
 AGAINST_COLLAPSE = {
     "nothing": NOTHING,
@@ -124,7 +125,7 @@ EXPERIMENTS = {
     "modules": Experiment(
         MODULES,
         quick_settings=("nothing", "+ random mask", "+ global"),
-        common=PAPER_RATIO,
+        common=PAPER_RATIO | GUIDANCE,
         sigmas=(0.31,),
         stages=("all",),
         steps=800,
@@ -133,7 +134,7 @@ EXPERIMENTS = {
     "recipes": Experiment(
         {name: dict(recipe=name) for name in RECIPES},
         quick_settings=("mactok", "kl", "ae"),
-        common=dict(generator_batch_size=16, generator_lr=2e-3),
+        common=GUIDANCE | dict(generator_batch_size=16, generator_lr=2e-3),
         sigmas=(None,),
         stages=("all",),
         steps=1000,
@@ -142,7 +143,7 @@ EXPERIMENTS = {
     "tokens": Experiment(
         TOKENS,
         quick_settings=("16 tokens", "64 tokens"),
-        common=dict(channels=8, generator_batch_size=16, generator_lr=2e-3),
+        common=GUIDANCE | dict(channels=8, generator_batch_size=16, generator_lr=2e-3),
         sigmas=(None,),
         stages=("all",),
         steps=1000,

@@ -341,7 +341,10 @@ class AdaptiveWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, batch_mean: Callable[[Tensor], Tensor]) -> None:
-        """End a step: set the weight for the next one, unless a gradient is zero or not finite."""
+        """End a step: set the weight for the next one.
+
+        It stays as it is if a gradient is not finite, or if that of the other loss is zero.
+        """
         if self.grad_sums is None:  # nothing was observed
             return
         rec_grad, other_grad = batch_mean(self.grad_sums)

@@ -87,8 +87,8 @@ MASKS = {
 def mask_latents(z: Tensor, mask: Tensor) -> Tensor:
     """z (B, L, C), mask (B, L) -> z with zeros, the mean of the prior, where the mask is True.
 
-    Hiding latents from the decoder, in place of patches from the encoder, is the ablation that the
-    paper shows to fail (fig. 1). That hidden latents become zero is ours.
+    Hiding random latents from the decoder is the ablation that the paper shows to fail (fig. 1);
+    that they become zero is ours. l-DeTok hides the latents of patches that its encoder left out.
     """
     return z.masked_fill(mask[..., None], 0)
 

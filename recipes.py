@@ -2,6 +2,7 @@
 
     Config            all values; the defaults are the toy's. Every field is a flag of train.py
     PRESETS           scales: toy, s128, s256, b256, b512, bl512
+    TOY_TOKENS        values of the toy with 64 and with 128 latent tokens
     RECIPES           methods: mactok, maetok, ldetok, aligntok, and two baselines, kl and ae
     TOY_RECIPES       sizes of these methods in the toy
     FULL_RECIPES      values of the other papers, in all presets but toy and s128
@@ -183,7 +184,7 @@ class Config:
         resume_scope="none", help="steps of the generator stage")
     sampling_steps: int = option(50, "config: 250", min=1, resume_scope="none",
         help="solver steps of the samples")
-    cfg_scale: float = option(3.0, "paper B.2: 2.3; 2.4 with 64 tokens", min=1, flag="guidance",
+    cfg_scale: float = option(2.3, "paper B.2: 2.3; 2.4 with 64 tokens", min=1, flag="guidance",
         resume_scope="none", help="guidance scale of the samples (1: none)")
 
     # What a run keeps and shows.
@@ -243,7 +244,7 @@ class Config:
 
     @property
     def encoder_weights(self) -> str:
-        """The official network that the encoder starts from, or "none"."""
+        """What the encoder starts from: "none", the name of a DINOv2, or any --teacher."""
         return self.teacher if self.encoder_init == "teacher" else self.encoder_init
 
     def loss_weights(self) -> dict[str, float]:
@@ -251,7 +252,7 @@ class Config:
 
         Those of other bottlenecks than this config's are left out.
         """
-        names = [f.name.removesuffix("_weight") for f in fields(self) if "_weight" in f.name]
+        names = [f.name.removesuffix("_weight") for f in fields(self) if f.name.endswith("_weight")]
         foreign = BOTTLENECK_LOSSES - set(BOTTLENECKS[self.bottleneck].loss_names)
         weights = {name: getattr(self, f"{name}_weight") for name in names if name not in foreign}
         return {"mse": 1.0} | weights
@@ -290,8 +291,8 @@ BASE_256 = dict(
     tokenizer_steps=250_000, decoder_steps=50_000, ema_decay=0.9999,
     generator_size="XL", generator_batch_size=256, generator_micro_batch=32,
     generator_lr=1e-4, generator_steps=4_000_000,
-    sampling_steps=250, cfg_scale=2.3,
-    eval_images=5_000, log_every=100, save_every=5_000, sample_every=100_000, num_workers=8,
+    sampling_steps=250,
+    eval_images=5_000, log_every=100, save_every=10_000, sample_every=100_000, num_workers=8,
 )
 AT_512 = dict(
     image_size=512, batch_size=128, micro_batch=8, warmup_steps=10_000,
@@ -313,17 +314,17 @@ PRESETS = {
     "b512": BASE_256 | AT_512,
     "bl512": BASE_256 | AT_512 | dict(tokenizer_size="BL", num_latent_tokens=64, cfg_scale=2.4),
 }
-SMALL_PRESETS = ("toy", "s128")  # the other papers' full-size values do not apply to them
 
 # The toy with more latent tokens, by their number. Small batches learn most in few minutes (ours).
 TOY_TOKENS = {
     64: dict(
         latent_dim=4, tokenizer_steps=1_000,
-        generator_batch_size=16, generator_lr=2e-3, generator_steps=4_000,
+        generator_batch_size=8, generator_lr=2e-3, generator_steps=6_000,
+        sampling_steps=25, cfg_scale=2.4,
     ),
     128: dict(
-        latent_dim=4, batch_size=8, tokenizer_steps=1_000,
-        generator_batch_size=8, generator_lr=2e-3, generator_steps=7_000, sampling_steps=25,
+        latent_dim=4, batch_size=4, tokenizer_steps=2_000,
+        generator_batch_size=8, generator_lr=2e-3, generator_steps=5_000, sampling_steps=25,
     ),
 }
 

@@ -114,9 +114,9 @@ def find_checkpoints(path: Path) -> list[Path]:
     """An exported file, or the checkpoints in a run's folder, the latest stage first."""
     if path.is_file():
         return [path]
-    # Later stages first, of any recipe.
-    stages = dict.fromkeys(name for stages in STAGES.values() for name in reversed(stages))
-    names = [f"{stage}.pt" for stage in ("generator", *stages)]
+    # The stages of all recipes, each once, the later ones of a recipe first.
+    image_stages = dict.fromkeys(name for each in STAGES.values() for name in reversed(each))
+    names = [f"{stage}.pt" for stage in ("generator", *image_stages)]
     paths = [path / name for name in names if (path / name).exists()]
     if not paths:
         raise UserError(

@@ -61,7 +61,7 @@ class Generator(nn.Module):
     To try another generator, write a subclass with __init__(num_tokens, latent_dim, num_classes,
     size, is_2d), which sets null_label to num_classes, and with forward; then give it a row in
     GENERATORS. A generator of another kind overrides loss and sample, too. Transformer blocks
-    belong into `self.blocks`, where torch.compile looks for them.
+    belong in `self.blocks`, where torch.compile looks for them.
     """
 
     betas = (0.9, 0.999)  # of AdamW (config: SiT)
@@ -124,9 +124,9 @@ class SiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """x (B, L, D), condition c (B, D) -> velocities (B, L, C)."""
 
-    def __init__(self, width: int, latent_dim: int, norm: Callable[[], nn.Module]):
+    def __init__(self, width: int, latent_dim: int, norm: nn.Module):
         super().__init__()
-        self.norm_final = norm()
+        self.norm_final = norm
         self.linear = nn.Linear(width, latent_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -169,7 +169,7 @@ class SiT(Generator):
         self.pos_embed = nn.Parameter(pos_embed[None], requires_grad=False)
         sizes = (width, num_heads, num_tokens, is_2d)
         self.blocks = nn.ModuleList(self.make_block(*sizes) for _ in range(depth))
-        self.final_layer = FinalLayer(width, latent_dim, lambda: self.make_norm(width))
+        self.final_layer = FinalLayer(width, latent_dim, self.make_norm(width))
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

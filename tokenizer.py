@@ -44,6 +44,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        # utils/distributed.py switches this off on CPUs, where plain products are faster.
+        self.is_fused = torch.backends.cuda.flash_sdp_enabled()
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -56,7 +58,10 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v and the result are (B, heads, T, D / heads). sit.py overrides it for RoPE."""
-        return F.scaled_dot_product_attention(q, k, v)
+        if self.is_fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        weights = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, heads, T, T)
+        return weights.softmax(dim=-1) @ v
 
 
 class Mlp(nn.Module):
@@ -141,7 +146,10 @@ def sincos_2d(grid_size: int, width: int) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers and the patch embedding (ours)."""
+    """Xavier-uniform weights and zero biases for linear layers and the patch embedding.
+
+    The tokenizer starts so (ours), and the generators (as DiT does).
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)

@@ -46,9 +46,9 @@ from build import (
     required_weights,
 )
 from classifiers import read_teacher
-from dry_run import Trainers, measure_run
+from dry_run import Trainers, bytes_to_write, count_latents, file_sizes, measure_run
 from evaluate import draw_masks, has_held_out_images, reconstruction_quality, sample_quality
-from fid import INCEPTION_FILE, inception_path, load_inception
+from fid import INCEPTION_FILE, INCEPTION_URL, inception_path, load_inception
 from losses import NUM_AUG_PARAMS, AdaptiveWeight, GANLoss, pull_back
 from options import check_config, parse_config
 from recipes import Config
@@ -95,7 +95,7 @@ class PatchMask(NamedTuple):
     """Which patches of a batch are hidden from the encoder."""
 
     mask: Tensor  # (B, N), True is hidden
-    ratio: Tensor  # (B,), m in section 3.2; it is drawn even if --mask none hides no patch
+    ratio: Tensor  # (B,), m in section 3.2; --latent_mask uses it even with --mask none
     num_hidden: int | None  # with drop_masked: how many in each image
 
 
@@ -217,7 +217,7 @@ def train_tokenizer(
     metadata = describe_checkpoint(context, stage, hash_encoder(tokenizer) if steps_before else "")
     objects = {"model": model, "ema": ema, "gan": gan, "preserve_weight": preserve_weight}
     checkpoint = Checkpoint(context.path(f"{stage}.pt"), metadata, objects | optimizers)
-    start_step = checkpoint.load()
+    start_step = checkpoint.load(mmap=device.type == "cuda")
     ddp_model, ddp_gan = dist.wrap(model), dist.wrap(gan)
     indices = context.train_indices
     batches = batch_indices(indices, config.batch_size, config.seed, start_step, micro_slices)
@@ -239,7 +239,7 @@ def train_tokenizer(
         for step in bar:
             lr = warmup_cosine(step, total_steps, config)
             train_disc = gan is not None and step >= disc_start
-            use_g_loss = gan is not None and step >= g_loss_start
+            with_g_loss = gan is not None and step >= g_loss_start
             ratio_scale = 1 - step / total_steps if stage_settings.anneal_mask_ratio else 1.0
             if preserve_weight is not None:
                 loss_weights["preservation"] = config.preservation_weight * preserve_weight.value
@@ -270,14 +270,14 @@ def train_tokenizer(
                         pixel_losses["perceptual"] = frozen.lpips(recon_leaf, x).mean()
                     if train_disc:
                         rand = rng.rand(4, NUM_AUG_PARAMS)  # for four augmentations
-                        outputs = ddp_gan(frozen.disc_backbone, recon_leaf, x, rand, use_g_loss)
+                        outputs = ddp_gan(frozen.disc_backbone, recon_leaf, x, rand, with_g_loss)
                         d_loss, g_loss, gan_metrics = outputs
 
                 # 4. Backward through the sum of all losses (eq. 7). What pull_back returns has the
                 # right gradient, but no meaning as a number, so that `loss` is not logged.
                 rec_loss = pull_back(recon, recon_leaf, weighted_sum(pixel_losses, loss_weights))
                 loss = rec_loss
-                if use_g_loss:
+                if with_g_loss:
                     g_loss = pull_back(recon, recon_leaf, g_loss)
                     last_layer = tokenizer.decoder.last_layer.weight
                     gan.adaptive_weight.observe(rec_loss, g_loss, last_layer)
@@ -346,7 +346,7 @@ def train_generator(
     objects = {"model": generator, "ema": ema, "tokenizer": tokenizer}
     checkpoint = Checkpoint(context.path("generator.pt"), metadata, objects | optimizers)
     decoder = copy.deepcopy(tokenizer.decoder.state_dict())
-    start_step = checkpoint.load()
+    start_step = checkpoint.load(mmap=device.type == "cuda")
     # The decoder may have been trained on since the checkpoint was written.
     tokenizer.decoder.load_state_dict(decoder)
     ddp_loss = dist.wrap(GeneratorLoss(generator))
@@ -566,14 +566,17 @@ def is_finished(context: TrainContext, stage: str) -> bool:
         return latents_exist(context.path("latents.npy"))
     if not context.path(f"{stage}.pt").exists():
         return False
-    saved = read_stage(context, stage, mmap=True)  # reads the metadata, not the weights
+    saved = read_stage(context, stage)
     return saved["step"] >= context.config.total_steps(stage)
 
 
-def read_stage(context: TrainContext, stage: str, mmap: bool = False) -> dict:
-    """The checkpoint of a stage. Raises UserError if it is of another run."""
+def read_stage(context: TrainContext, stage: str) -> dict:
+    """The checkpoint of a stage, whose tensors are read from disk when they are used.
+
+    Raises UserError if it is of another run.
+    """
     path = context.path(f"{stage}.pt")
-    saved = read_checkpoint(path, mmap)
+    saved = read_checkpoint(path, mmap=True)
     encoder_hash = saved["identity"].get("encoder")  # the file's own, because ours is not known
     check_identity(path, saved, context.identity(stage, encoder_hash))
     return saved
@@ -613,17 +616,6 @@ def load_previous_stage(
     tokenizer.load_state_dict(saved["ema"])
     if gan:
         gan.load_state_dict(saved["gan"])
-
-
-def count_latents(context: TrainContext) -> int:
-    """The rows of latents.npy: one per training image, and one per mirror image."""
-    return len(context.train_indices) * (2 if context.config.flip else 1)
-
-
-def latents_size(context: TrainContext) -> int:
-    """Bytes of latents.npy."""
-    num_tokens = context.config.num_latent_tokens or context.config.grid_size**2
-    return count_latents(context) * record_dtype(num_tokens, context.config.latent_dim).itemsize
 
 
 @torch.no_grad()
@@ -699,7 +691,11 @@ def print_run(context: TrainContext, tokenizer: Tokenizer) -> None:
         f"L = {tokenizer.num_latent_tokens} tokens of C = {tokenizer.latent_dim} channels"
     )
     print(f"generator: {config.generator}, {describe_parameters(generator)}")
-    print(f"latents.npy: {latents_size(context) / 1e9:.2f} GB")
+    if context.inception is None:
+        print(
+            f"distances: of HOG features; for FID, put {INCEPTION_FILE} beside the other weights "
+            f"({INCEPTION_URL})"
+        )
     print("\n".join(textwrap.wrap(f"config: {settings}", width=100, subsequent_indent="  ")))
     if not has_held_out_images(context):
         warn(f"only {len(context.data)} images: they are trained on and evaluated on alike")
@@ -717,7 +713,7 @@ def read_result(context: TrainContext) -> dict:
     try:
         return read_json(path)
     except UserError as error:
-        context.dist.barrier()
+        context.dist.barrier()  # all processes have read the file before it is moved
         if context.dist.is_main:
             path.replace(f"{path}.damaged")
         warn(
@@ -737,7 +733,7 @@ def main(arguments: list[str]) -> None:
         stages = [*config.stages, "latents", "generator"]
     if options.dry_run:
         trainers = Trainers(train_tokenizer, train_generator)
-        measure_run(context, required_weights(config, stages), latents_size(context), trainers)
+        measure_run(context, stages, required_weights(config, stages), trainers)
         return
 
     # ---- What is left to do ----
@@ -754,8 +750,8 @@ def main(arguments: list[str]) -> None:
     with as_user_error():
         # FID is reported where Inception's weights are available on all machines.
         path = inception_path(config.weights_dir)
-        is_missing = dist.any_rank(not path.is_file())
-        if not is_missing:
+        is_missing_somewhere = dist.any_rank(not path.is_file())
+        if not is_missing_somewhere:
             context.inception = load_inception(config.weights_dir, context.device)
             hashes[INCEPTION_FILE] = hash_file(path)
     if dist.is_main:
@@ -774,8 +770,8 @@ def main(arguments: list[str]) -> None:
         hashes["teacher file"] = context.teacher_hash
     if dist.is_main:
         print_run(context, tokenizer)
-        if "latents" in stages:
-            check_room(context.path("latents.npy"), latents_size(context), "latents")
+        needed = bytes_to_write(context, file_sizes(context, stages))
+        check_room(context.path(""), needed, "files of this run")
 
     # ---- The stages ----
     if config.tokenizer_run:

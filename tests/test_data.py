@@ -18,7 +18,14 @@ from PIL import Image
 from reference import ROOT, make_folder
 
 from utils.checkpoint import REQUIRED_KEYS, read_checkpoint
-from utils.console import UserError, catch_signals, run_main
+from utils.console import (
+    LocalError,
+    UserError,
+    as_user_error,
+    catch_signals,
+    run_main,
+    stop_signals,
+)
 from utils.data import ImageFolder, batch_indices, image_loader, read_batch, train_val_split
 from utils.distributed import Distributed
 from utils.files import atomic_write, load_torch, read_json, remove_temporary_files, save_torch
@@ -361,6 +368,17 @@ def test_unreadable_files_are_named_once_and_replaced_until_they_are_over_one_pe
         list(image_loader(folder, batches, 0))
 
 
+def test_a_thousand_unreadable_files_in_a_row_are_replaced(tmp_path, capsys):
+    make_folder(tmp_path, 0, 2, size=8)
+    (tmp_path / "0.png").write_text("not an image")
+    folder = ImageFolder(tmp_path, 8)
+    bad, good = folder.paths
+    folder.paths = [bad] * 1_500 + [good] * 150_000
+    folder.labels = range(len(folder.paths))
+    assert folder[0][1] == 1_500
+    assert capsys.readouterr().err.count("takes its place") == 1_500
+
+
 @pytest.mark.parametrize("count, bad", [(50, 1), (2, 1), (1, 0)])
 def test_a_small_folder_bears_one_unreadable_image_if_there_is_another(tmp_path, count, bad):
     make_folder(tmp_path, 0, count, size=8)
@@ -586,6 +604,33 @@ def test_pytorch_files_with_pickled_code_truncated_and_missing_ones_are_refused(
     assert not os.path.exists("pwned")
     with pytest.raises(UserError, match="does not exist"):
         load_torch(tmp_path / "no.pt")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_torch(tmp_path)
+
+
+def test_a_full_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="allocate"):
+        load_torch(tmp_path / "x.pt")
+    with pytest.raises(RuntimeError, match="allocate"), as_user_error("x.pt is damaged: "):
+        fail()
+
+
+def test_an_error_of_torch_save_that_is_not_of_writing_is_passed_on(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch, "save", fail)
+    text = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+    with pytest.raises(UserError, match="the disk is probably full"):
+        save_torch({}, tmp_path / "x.pt")
+    text = "CUDA error: uncorrectable ECC error encountered"
+    with pytest.raises(RuntimeError, match="ECC"):
+        save_torch({}, tmp_path / "x.pt")
+    assert not os.listdir(tmp_path)
 
 
 def test_a_checkpoint_must_have_its_keys_with_their_types(tmp_path):
@@ -670,7 +715,7 @@ run_main(lambda _: save_torch({{"big": torch.zeros(1 << 20)}}, {str(path)!r}))
 # Signals and the terminal.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", stop_signals())
 @pytest.mark.parametrize("is_training", [False, True])
 def test_signals_end_a_command_in_one_line_and_leave_no_temporary_file(
     tmp_path, capsys, number, is_training
@@ -688,14 +733,37 @@ def test_signals_end_a_command_in_one_line_and_leave_no_temporary_file(
             assert received == [number]
             signal.raise_signal(signal.SIGINT)
 
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    previous = {each: signal.getsignal(each) for each in stop_signals()}
     with pytest.raises(SystemExit) as stop:
         run_main(main)
-    signal.signal(signal.SIGTERM, previous)
+    for each, handler in previous.items():
+        signal.signal(each, handler)
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_run_under_nohup_outlives_its_terminal():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with catch_signals() as received:
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, previous)
+    assert not received
+
+
+@pytest.mark.parametrize("error, lines", [(UserError("no"), 0), (LocalError("no"), 1)])
+def test_a_later_process_tells_only_what_the_first_one_does_not_know(
+    error, lines, monkeypatch, capsys
+):
+    def main(_):
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no\n" * lines
 
 
 def test_a_signal_that_comes_too_late_for_a_step_ends_the_command_after_the_stage():

@@ -279,14 +279,13 @@ def test_dropping_equals_a_mask_over_attention():
     model = grid_tokenizer()
     images = random_images(2)
     mask = random_hidden(7, seed=1)
-    plain_attention = F.scaled_dot_product_attention
 
-    def masked_attention(q, k, v):
-        return plain_attention(q, k, v, attn_mask=~mask[:, None, None])
+    def masked_attention(_, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask[:, None, None])
 
     expected = encode_visible(model, images, mask, 7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module.F, "scaled_dot_product_attention", masked_attention)
+        patch.setattr(tokenizer_module.Attention, "attend", masked_attention)
         masked = model.encode(images)
     torch.testing.assert_close(masked.mean[~mask], expected.mean[~mask])
 

@@ -154,7 +154,7 @@ def test_lost_latents_are_made_again_and_not_called_finished(run, tmp_path, caps
 def test_result_json_says_how_it_came_about(run):
     root, _ = run
     result = json.loads((root / "out" / "result.json").read_text())
-    expected = {"seed": 0, "solver": "sde", "num_steps": 10, "cfg_scale": 3.0}
+    expected = {"seed": 0, "solver": "sde", "num_steps": 10, "cfg_scale": 2.3}
     expected |= {"guidance_interval": [0.0, 0.7], "timestep_shift": 1.0}
     assert result["generator"]["sampler"] == expected
     made_by = result["tokenizer"]["made_by"]
@@ -291,7 +291,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_computed(run, mo
     error = refuse("sample.py", f"{out} --npz 100000")
     assert "samples.npz: the samples take 0.1 GB, and 0.0 GB are free; make room" in error
     error = refuse("train.py", TINY, f"--out {out}/new --tokenizer_steps 1")
-    assert "latents.npy: the latents take 0.0 GB" in error
+    assert "new: the files of this run take 0.1 GB" in error
 
 
 def in_the_third_step(action) -> None:

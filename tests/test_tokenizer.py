@@ -7,6 +7,7 @@ from torch import nn
 
 from tokenizer import (
     BOTTLENECKS,
+    Attention,
     Deterministic,
     DiagonalGaussian,
     Tokenizer,
@@ -73,6 +74,19 @@ def test_the_encoders_outputs_are_those_of_its_latent_tokens():
     encoder.blocks = nn.Identity()
     expected = encoder.norm(encoder.latent_tokens).expand(2, -1, -1)
     torch.testing.assert_close(encoder(random_images(2)), expected)
+
+
+def test_both_forms_of_attention_have_the_same_outputs_and_gradients():
+    torch.manual_seed(0)
+    attention = Attention(32, 4).double()
+    results = []
+    for is_fused in (True, False):
+        attention.is_fused = is_fused
+        x = torch.linspace(-3, 3, 2 * 5 * 32).double().view(2, 5, 32).requires_grad_()
+        y = attention(x.sin())
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_hidden_patches_share_a_token_and_keep_their_positions():

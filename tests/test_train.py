@@ -226,7 +226,7 @@ def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "processes, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)]
+    "processes, number", [(1, signal.SIGHUP), (2, signal.SIGTERM), (2, signal.SIGKILL)]
 )
 def test_a_signal_saves_and_stops(images, tmp_path, processes, number):
     """With two processes torchrun gets it; if it is killed, they notice."""
@@ -386,6 +386,21 @@ def test_dry_run_prints_and_writes_nothing(images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_knows_about_how_much_room_its_files_take(finished, whole, tmp_path):
+    context = open_run(whole, finished)
+    stages = ["tokenizer", "decoder", "latents", "generator"]
+    sizes = dry_run.file_sizes(context, stages)
+    written = {name: (finished / name).stat().st_size for name in sizes}
+    for name, size in sizes.items():
+        assert 0.5 * size < written[name] < 1.5 * size
+    largest = max(sizes[name] for name in sizes if name != "latents.npy")
+    assert dry_run.bytes_to_write(context, sizes) == sum(sizes.values()) + largest - sum(
+        written.values()
+    )
+    elsewhere = open_run(whole, tmp_path)
+    assert dry_run.bytes_to_write(elsewhere, sizes) == sum(sizes.values()) + largest
+
+
 def test_dry_run_lists_the_files_that_a_run_needs(images, weights, tmp_path):
     (tmp_path / "vgg16-397923af.pth").symlink_to(weights / "vgg16-397923af.pth")
     words = f"--perceptual_weight 1 --adversarial_weight 1 --weights {tmp_path}"
@@ -543,7 +558,7 @@ def test_flags_win_over_recipes_and_those_over_presets():
     assert config.for_stage("tokenizer") == config
     assert config.stages["decoder"].trainable == ("decoder.",)
     more, _ = options.parse_config("--tokens 128 --generator_steps 5 --sampling_steps 9".split())
-    assert (more.patch_size, more.latent_dim, more.batch_size) == (2, 4, 8)
+    assert (more.patch_size, more.latent_dim, more.batch_size) == (2, 4, 4)
     assert (more.generator_steps, more.sampling_steps) == (5, 9)
     baseline, _ = options.parse_config("--recipe kl --local_weight 0.3".split())
     assert (baseline.mask, baseline.local_weight, baseline.global_weight) == ("none", 0.3, 0.0)

@@ -61,11 +61,15 @@ class Checkpoint:
         self.metadata = metadata
         self.objects = {name: obj for name, obj in objects.items() if obj is not None}
 
-    def load(self) -> int:
-        """Restore all objects and return the step to go on from; without a file that is 0."""
+    def load(self, mmap: bool = False) -> int:
+        """Restore all objects and return the step to go on from; without a file that is 0.
+
+        With `mmap` the file is not read into memory first, which is for objects on a GPU. On a CPU
+        optimizers would keep tensors of the file itself.
+        """
         if not self.path.exists():
             return 0
-        saved = read_checkpoint(self.path)
+        saved = read_checkpoint(self.path, mmap)
         check_identity(self.path, saved, self.metadata["identity"])
         with as_user_error(f"{self.path} is damaged: "):
             for name, obj in self.objects.items():

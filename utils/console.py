@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from tqdm import tqdm
 
 OUT_OF_MEMORY = (
@@ -26,14 +26,26 @@ class UserError(Exception):
     """Something that the user can fix: one sentence that says what is wrong and what to do."""
 
 
+class LocalError(UserError):
+    """A UserError of this process alone: the other processes of a run do not find it."""
+
+
 @contextmanager
 def as_user_error(subject: str = ""):
     """Turn any error that a component raises about the user's values or files into a UserError."""
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(subject + reason) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of this machine or of its GPU is full."""
+    is_memory_error = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_memory_error or "can't allocate memory" in str(error)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -46,18 +58,20 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open
     # Paths may have letters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
-    # SIGTERM then unwinds the program as Ctrl-C does, and temporary files are removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # All of them then unwind the program as Ctrl-C does, and temporary files are removed.
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     try:
         main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
     except SystemExit as stop:
         leave(stop.code)
     except BaseException as error:
         message, code = describe_error(error)
         # All processes of a machine find the same UserError, so that the first one speaks for them.
         speaks_for_all = isinstance(error, UserError | KeyboardInterrupt)
+        speaks_for_all = speaks_for_all and not isinstance(error, LocalError)
         with suppress(OSError):  # whoever read stderr may have gone
             if not speaks_for_all or os.environ.get("LOCAL_RANK", "0") == "0":
                 tqdm.write(message, file=sys.stderr)  # below an open progress bar
@@ -69,7 +83,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     text = str(error).strip().rpartition("\n")[2]  # a data-loading worker's traceback comes first
     if isinstance(error, KeyboardInterrupt):
         return text or "interrupted", 130
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return f"error: {OUT_OF_MEMORY}", 2
     if isinstance(error, BrokenPipeError):
         # Python would complain once more at exit, when it writes what is left.
@@ -79,7 +93,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"error: {text}", 2
     if "DataLoader worker" in text:
         return f"error: {text[:200]}; perhaps memory is short, so try fewer --workers", 2
-    if dist.is_initialized() and isinstance(error, RuntimeError) and "by peer" in text:
+    if torch_dist.is_initialized() and isinstance(error, RuntimeError) and "by peer" in text:
         return "error: another process of this run has ended", 2
     with tempfile.NamedTemporaryFile("w", prefix="mactok-", suffix=".txt", delete=False) as file:
         file.write(f"{' '.join(sys.argv)}\n\n")
@@ -101,7 +115,7 @@ def leave(code: int | str | None) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would complain of their end
     for worker in workers:
         worker.kill()
-    if dist.is_initialized() and code:
+    if torch_dist.is_initialized() and code:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -165,9 +179,20 @@ def warn(text: str, show: bool = True) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+def stop_signals() -> list[int]:
+    """The signals that stop a program: Ctrl-C, a request to end, and the end of its terminal.
+
+    The last one is left out where it is ignored, which is what nohup does.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 @contextmanager
 def catch_signals():
-    """Yield a list that collects SIGINT and SIGTERM, so that a training step can end and be saved.
+    """Yield a list that collects `stop_signals`, so that a training step can end and be saved.
 
     A second Ctrl-C interrupts at once. Raises KeyboardInterrupt at the end if a signal came too
     late for a step.
@@ -178,7 +203,7 @@ def catch_signals():
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = stop_signals()
     previous = [signal.signal(number, handle) for number in numbers]
     try:
         yield received

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.console import UserError, end_with_parent, warn
+from utils.console import UserError, end_with_parent, stop_signals, warn
 from utils.images import HIDDEN_PREFIXES, SUFFIXES, list_images, read_image, to_tensor
 from utils.shapes import Shapes
 
@@ -91,19 +91,24 @@ class ImageFolder(Dataset):
         Raises OSError when more than 1 % of the files, and more than one, have turned out
         unreadable.
         """
-        try:
-            return self.read(index)
-        except OSError as error:
-            if index not in self.unreadable:
-                warn(f"{error}; the next image takes its place")
-            self.unreadable.add(index)
-            allowed = min(max(1, len(self) // 100), len(self) - 1)
-            if len(self.unreadable) > allowed:
-                raise OSError(
-                    f"more than 1 % of the {len(self)} images cannot be read; repair or remove "
-                    f"them: {error}"
-                ) from error
-            return self[(index + 1) % len(self)]
+        while True:
+            try:
+                return self.read(index)
+            except OSError as error:
+                self.note_unreadable(index, error)
+            index = (index + 1) % len(self)
+
+    def note_unreadable(self, index: int, error: OSError) -> None:
+        """Warn of an unreadable file once, and raise OSError if there are too many."""
+        if index not in self.unreadable:
+            warn(f"{error}; the next image takes its place")
+        self.unreadable.add(index)
+        allowed = min(max(1, len(self) // 100), len(self) - 1)
+        if len(self.unreadable) > allowed:
+            raise OSError(
+                f"more than 1 % of the {len(self)} images cannot be read; repair or remove them: "
+                f"{error}"
+            ) from error
 
 
 def fingerprint(paths: list[str], root: Path) -> str:
@@ -206,6 +211,6 @@ def prepare_worker(worker_id: int) -> None:
     Ctrl-C and torchrun signal workers, too, but the training process needs their batch for its
     step.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,11 +53,11 @@ class Distributed:
         if not launched:
             return Distributed(0, 1, device)
         end_with_parent(signal.SIGTERM)  # if torchrun is killed, training stops and is saved
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        if not torch_dist.is_initialized():
+            torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         run_id = [os.urandom(4).hex()]
-        dist.broadcast_object_list(run_id)
-        return Distributed(dist.get_rank(), dist.get_world_size(), device, run_id[0])
+        torch_dist.broadcast_object_list(run_id)
+        return Distributed(torch_dist.get_rank(), torch_dist.get_world_size(), device, run_id[0])
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +79,7 @@ class Distributed:
     def all_reduce(self, values: Tensor) -> Tensor:
         """Replace values by their sum over all processes, and return them."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            torch_dist.all_reduce(values)
         return values
 
     def any_rank(self, here: bool) -> bool:
@@ -89,14 +89,14 @@ class Distributed:
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.world_size > 1:
-            dist.barrier()
+            torch_dist.barrier()
 
     def gather(self, value) -> list | None:
         """The value of each process, in the order of the ranks, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values)
+        torch_dist.gather_object(value, values)
         return values
 
     def gather_rows(self, parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -130,7 +130,8 @@ def set_grad_sync(modules: Iterable[nn.Module | None], sync: bool) -> None:
 def tune_cpu() -> None:
     """Three settings that make training on a CPU about twice as fast (docs/speed.md)."""
     # "medium" makes oneDNN compute matrix products, which on many processors is faster than MKL and
-    # equally exact. On processors with AMX it would round to bfloat16, so that is tried out first.
+    # equally exact. On processors with AMX it rounds to bfloat16; a product shows whether it does,
+    # and then the setting is taken back.
     torch.set_float32_matmul_precision("medium")
     value = torch.full((256, 256), 1 + 2**-12)  # exact in float32, but not in bfloat16
     identity = torch.ones(256).diag()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.console import UserError, as_user_error
+from utils.console import UserError, as_user_error, is_out_of_memory
 
 try:
     import fcntl
@@ -56,11 +56,11 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def check_room(path: Path, num_bytes: int, label: str) -> None:
-    """Raise UserError if a file of this size does not fit on the disk where `path` is to be."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    """Raise UserError if so many bytes do not fit on the disk where `path` is, or is to be."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
             f"{path}: the {label} take {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
@@ -100,7 +100,9 @@ def save_torch(content: dict, path: str | Path) -> None:
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch does not say why a write failed
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # the part of PyTorch that writes the file
+                raise
             raise OSError(errno.ENOSPC, "the disk is probably full") from error
 
 
@@ -116,7 +118,11 @@ def load_torch(path: str | Path, mmap: bool = False) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = "it is truncated or not a PyTorch file"
         if "GLOBAL" in str(error):
             reason = "it holds pickled code, which is never run"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.console import UserError, as_user_error
+from utils.console import LocalError, UserError, as_user_error
 from utils.distributed import Distributed
 from utils.files import read_json, write_npy_header, write_text
 
@@ -47,11 +47,11 @@ class LatentWriter:
     def write(self, first_row: int, mean: Tensor, std: Tensor, labels: Tensor) -> None:
         """mean, std (b, L, C), labels (b,) -> rows first_row, first_row + 1, ...
 
-        Raises UserError for values that float16 cannot hold.
+        Raises LocalError for values that float16 cannot hold.
         """
         largest = torch.stack([mean.abs().max(), std.max()]).max().item()  # NaN if there is one
         if not largest <= MAX_FLOAT16:
-            raise UserError(
+            raise LocalError(
                 f"latents reach {largest:.3g}, and cannot be stored beyond {MAX_FLOAT16}: the "
                 "tokenizer has diverged; train it again with a lower --lr or a larger --kl_weight"
             )
@@ -81,7 +81,7 @@ def write_latents(path: Path, count: int, dtype: np.dtype, dist: Distributed):
         if dist.is_main:
             temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room") from error
+        raise LocalError(f"cannot write {path}: {error.strerror or error}; make room") from error
     finally:
         if dist.is_main:
             temporary.unlink(missing_ok=True)

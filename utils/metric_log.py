@@ -30,6 +30,8 @@ class MetricLog:
         self.sums = {}
         self.counts = {}
         self.warned = set()
+        if dist.device.type == "cuda":  # so that `peak_memory` is this stage's
+            torch.cuda.reset_peak_memory_stats(dist.device)
 
     @torch.no_grad()
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -96,7 +98,7 @@ def to_json(value):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on the GPU, or that this process took on a CPU.
+    """Bytes: the most that tensors took on the GPU in this stage, or this process on a CPU.
 
     0 on Windows, which does not tell.
     """
