@@ -319,7 +319,7 @@ PRESETS = {
 TOY_TOKENS = {
     64: dict(
         latent_dim=4, tokenizer_steps=1_000,
-        generator_batch_size=8, generator_lr=2e-3, generator_steps=6_000,
+        generator_batch_size=16, generator_lr=2e-3, generator_steps=3_500,
         sampling_steps=25, cfg_scale=2.4,
     ),
     128: dict(
