@@ -118,6 +118,7 @@ def measure_stage(
         peaks = []
         for size in (1, 2):
             meter = ActivationMeter()
+            # Networks that are built here have fused attention, as on a GPU.
             with meter, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 run_steps(replace(context, use_bf16=True), stage, size, trainers)
             peaks.append(meter.peak / 1e9)
