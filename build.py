@@ -71,6 +71,11 @@ class TrainContext:
         )
 
     @property
+    def num_latents(self) -> int:
+        """The rows of latents.npy: one per training image, and one per mirror image."""
+        return len(self.train_indices) * (2 if self.config.flip else 1)
+
+    @property
     def device(self) -> torch.device:
         return self.dist.device
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from build import (
@@ -76,7 +76,7 @@ def measure_run(
     is_main = context.dist.is_main
     if is_main:
         print_files(context, weight_names)
-        print_sizes(context, file_sizes(context, stages))
+        print_sizes(context, stages)
         print_row("stage", ["batch", "micro batch", "one step", "whole stage", "memory", "fits"])
     for stage in (*config.stages, "generator"):
         is_generator = stage == "generator"
@@ -149,7 +149,6 @@ def run_steps(context: TrainContext, stage: str, size: int, trainers: Trainers) 
         changes[settings.steps_field] = round(3 / settings.steps_share)
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(context.device)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, **changes, out_dir=folder)
         context = replace(context, config=config, val_indices=context.val_indices[:2])
@@ -255,31 +254,24 @@ def physical_gb() -> float:
 # Room on the disk.
 
 
-def count_latents(context: TrainContext) -> int:
-    """The rows of latents.npy: one per training image, and one per mirror image."""
-    return len(context.train_indices) * (2 if context.config.flip else 1)
-
-
-def file_sizes(context: TrainContext, stages: list[str]) -> dict[str, int]:
+def file_sizes(
+    context: TrainContext, stages: list[str], tokenizer: nn.Module, generator: nn.Module
+) -> dict[str, int]:
     """About how many bytes the files of these stages take, by name.
 
     A checkpoint holds four float32 numbers for each weight of its network: itself, its moving
     average, and the two averages of AdamW. That of the generator holds the tokenizer, too.
     """
-    config = context.config
-    with torch.device("meta"):
-        tokenizer = build_tokenizer(config)
-        generator = build_generator(config, tokenizer, len(context.data.classes))
     sizes = {}
     for stage in stages:
         if stage == "latents":
             record = record_dtype(tokenizer.num_latent_tokens, tokenizer.latent_dim)
-            sizes["latents.npy"] = count_latents(context) * record.itemsize
-        elif stage == "generator":
-            num_weights = 4 * count_parameters(generator) + count_parameters(tokenizer)
-            sizes["generator.pt"] = 4 * num_weights
-        else:
-            sizes[f"{stage}.pt"] = 16 * count_parameters(tokenizer)
+            sizes["latents.npy"] = context.num_latents * record.itemsize
+            continue
+        num_floats = 4 * count_parameters(tokenizer)
+        if stage == "generator":
+            num_floats = 4 * count_parameters(generator) + count_parameters(tokenizer)
+        sizes[f"{stage}.pt"] = 4 * num_floats  # bytes
     return sizes
 
 
@@ -317,8 +309,8 @@ def print_files(context: TrainContext, weight_names: list[str]) -> None:
         print(f"file        {INCEPTION_FILE}: missing, without it there is no FID; {INCEPTION_URL}")
 
 
-def print_sizes(context: TrainContext, sizes: dict[str, int]) -> None:
-    """How large the data, the networks and the files are."""
+def print_sizes(context: TrainContext, stages: list[str]) -> None:
+    """How large the data, the networks and the files of these stages are."""
     config = context.config
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
@@ -332,5 +324,6 @@ def print_sizes(context: TrainContext, sizes: dict[str, int]) -> None:
         f"N = {tokenizer.num_patches}, L = {tokenizer.num_latent_tokens}, C = {config.latent_dim}"
     )
     print(f"{config.generator:<12}{config.generator_size}: {describe_parameters(generator)}")
+    sizes = file_sizes(context, stages, tokenizer, generator)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
     print(f"disk        {bytes_to_write(context, sizes) / 1e9:.2f} GB must be free: {parts}")

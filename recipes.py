@@ -315,7 +315,8 @@ PRESETS = {
     "bl512": BASE_256 | AT_512 | dict(tokenizer_size="BL", num_latent_tokens=64, cfg_scale=2.4),
 }
 
-# The toy with more latent tokens, by their number. Small batches learn most in few minutes (ours).
+# The toy with more latent tokens, by their number. Small batches learn most in few minutes (ours;
+# guidance: paper B.2).
 TOY_TOKENS = {
     64: dict(
         latent_dim=4, tokenizer_steps=1_000,

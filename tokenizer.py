@@ -44,7 +44,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        # utils/distributed.py switches this off on CPUs, where plain products are faster.
+        # False where PyTorch's fused attention is switched off. This project does so on CPUs
+        # (utils/distributed.py), where plain products are faster.
         self.is_fused = torch.backends.cuda.flash_sdp_enabled()
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)

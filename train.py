@@ -46,7 +46,7 @@ from build import (
     required_weights,
 )
 from classifiers import read_teacher
-from dry_run import Trainers, bytes_to_write, count_latents, file_sizes, measure_run
+from dry_run import Trainers, bytes_to_write, file_sizes, measure_run
 from evaluate import draw_masks, has_held_out_images, reconstruction_quality, sample_quality
 from fid import INCEPTION_FILE, INCEPTION_URL, inception_path, load_inception
 from losses import NUM_AUG_PARAMS, AdaptiveWeight, GANLoss, pull_back
@@ -627,7 +627,7 @@ def cache_latents(context: TrainContext, tokenizer: Tokenizer, encoder_hash: str
     """
     path = context.path("latents.npy")
     num_tokens, latent_dim = tokenizer.num_latent_tokens, tokenizer.latent_dim
-    count = count_latents(context)
+    count = context.num_latents
     rows_per_image = count // len(context.train_indices)
     if not latents_exist(path):
         tokenizer.eval()
@@ -678,11 +678,9 @@ def cache_latents(context: TrainContext, tokenizer: Tokenizer, encoder_hash: str
 # Command line.
 
 
-def print_run(context: TrainContext, tokenizer: Tokenizer) -> None:
+def print_run(context: TrainContext, tokenizer: Tokenizer, generator: nn.Module) -> None:
     """Say what is going to be trained, on what, and with which values."""
     config = context.config
-    with torch.device("meta"):
-        generator = build_generator(config, tokenizer, len(context.data.classes))
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items() if value != "")
     print(f"data: {context.data.describe()}; {len(context.train_indices)} to train on")
     print(f"objective: {config.describe_objective()}")
@@ -769,9 +767,11 @@ def main(arguments: list[str]) -> None:
     if context.teacher_hash:
         hashes["teacher file"] = context.teacher_hash
     if dist.is_main:
-        print_run(context, tokenizer)
-        needed = bytes_to_write(context, file_sizes(context, stages))
-        check_room(context.path(""), needed, "files of this run")
+        with torch.device("meta"):
+            generator = build_generator(config, tokenizer, len(context.data.classes))
+        print_run(context, tokenizer, generator)
+        sizes = file_sizes(context, stages, tokenizer, generator)
+        check_room(context.path(""), bytes_to_write(context, sizes), "files of this run")
 
     # ---- The stages ----
     if config.tokenizer_run:

@@ -48,7 +48,7 @@ import train
 from tokenizer import Tokenizer
 from utils import checkpoint
 from utils.checkpoint import read_checkpoint
-from utils.console import UserError
+from utils.console import UserError, stop_signals
 from utils.distributed import Distributed
 from utils.files import hash_file
 from utils.latents import LatentDataset
@@ -226,7 +226,8 @@ def test_resume_on_another_process_count_and_micro_batch(finished, whole, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "processes, number", [(1, signal.SIGHUP), (2, signal.SIGTERM), (2, signal.SIGKILL)]
+    "processes, number",
+    [(1, signal.SIGTERM), (1, stop_signals()[-1]), (2, signal.SIGTERM), (2, signal.SIGKILL)],
 )
 def test_a_signal_saves_and_stops(images, tmp_path, processes, number):
     """With two processes torchrun gets it; if it is killed, they notice."""
@@ -389,7 +390,9 @@ def test_dry_run_prints_and_writes_nothing(images, tmp_path):
 def test_a_run_knows_about_how_much_room_its_files_take(finished, whole, tmp_path):
     context = open_run(whole, finished)
     stages = ["tokenizer", "decoder", "latents", "generator"]
-    sizes = dry_run.file_sizes(context, stages)
+    tokenizer = build.build_tokenizer(context.config)
+    generator = build.build_generator(context.config, tokenizer, len(context.data.classes))
+    sizes = dry_run.file_sizes(context, stages, tokenizer, generator)
     written = {name: (finished / name).stat().st_size for name in sizes}
     for name, size in sizes.items():
         assert 0.5 * size < written[name] < 1.5 * size

@@ -58,7 +58,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open
     # Paths may have letters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
-    # All of them then unwind the program as Ctrl-C does, and temporary files are removed.
+    # Each of these signals then unwinds the program as Ctrl-C does: temporary files are removed.
     for number in stop_signals():
         signal.signal(number, signal.default_int_handler)
     try:
